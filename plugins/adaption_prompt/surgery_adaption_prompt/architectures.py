@@ -1,0 +1,243 @@
+"""The only file that names transformers internals: find attention modules, and tap their query.
+
+transformers 5 hands `(module, query, key, value, mask, ...)`, with the query already normed and
+rotated, to the function found in `ALL_ATTENTION_FUNCTIONS` under
+`module.config._attn_implementation`. A wrapped attention gets a view of its configuration that
+names our function there. Ours calls the base's and adds the prompt's term.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from surgery_adaption_prompt.attention import AdaptedAttention
+from surgery_core import ContractError, listed
+
+SEAM_KEY = "surgery_adaption_prompt"
+"""Name of our function among transformers' attention functions."""
+
+_TABLE = "ALL_ATTENTION_FUNCTIONS"
+_EAGER = "eager_attention_forward"
+
+
+@dataclass(frozen=True)
+class SeparateProjections:
+    """Keys and values come from two projections, as in Llama."""
+
+    key: str = "k_proj"
+    value: str = "v_proj"
+
+    def __call__(self, attention: nn.Module, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the prompt, `(1, prompt_len, kv_heads * head_dim)`."""
+        return (
+            attention.get_submodule(self.key)(prompt),
+            attention.get_submodule(self.value)(prompt),
+        )
+
+
+@dataclass(frozen=True)
+class FusedProjection:
+    """Queries, keys and values come from one projection, one after the other, as in Phi-3."""
+
+    name: str = "qkv_proj"
+
+    def __call__(self, attention: nn.Module, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the prompt, `(1, prompt_len, kv_heads * head_dim)`."""
+        config = _config_of(attention)
+        head_dim: int = cast("Any", attention).head_dim
+        queries = config.num_attention_heads * head_dim
+        keys = config.num_key_value_heads * head_dim
+        _, key, value = attention.get_submodule(self.name)(prompt).split(
+            [queries, keys, keys], dim=-1
+        )
+        return key, value
+
+
+Projections = SeparateProjections | FusedProjection
+
+FUSED_CLASSES: Mapping[str, Projections] = {"Phi3Attention": FusedProjection("qkv_proj")}
+"""Attention classes, by name, whose keys and values come from a fused projection we know."""
+
+
+@dataclass(frozen=True)
+class TransformersAttention:
+    """How to adapt attention modules of one class.
+
+    Args:
+        attention_class: The class.
+        projections: How to get keys and values of a prompt.
+        functions: The table of attention functions that the class's code looks in.
+        eager: The function its code falls back to, under the name `eager`.
+    """
+
+    attention_class: type[nn.Module]
+    projections: Projections
+    functions: AttentionInterface
+    eager: Callable[..., tuple[Tensor, Tensor | None]]
+
+    @classmethod
+    def of_class(cls, found: type[nn.Module], projections: Projections) -> "TransformersAttention":
+        """Look up what the code of an attention class uses."""
+        code_globals = _forward(found).__globals__
+        return cls(found, projections, code_globals[_TABLE], code_globals[_EAGER])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies and pickles name the class; the tables are transformers' own and are not copied.
+        return TransformersAttention.of_class, (self.attention_class, self.projections)
+
+    def seam_config(self, base: nn.Module) -> PretrainedConfig:
+        """Return a live view of the base's configuration that names our attention function."""
+        if SEAM_KEY not in self.functions:
+            AttentionInterface.register(SEAM_KEY, _attend_with_prompt)
+        config = _config_of(base)
+        cls = _view_class(type(config))  # type: ignore[arg-type]  # mypy takes the instances' __hash__ for the class's
+        view = cls.__new__(cls)
+        # One dictionary for both: what is set on the model's configuration later holds here too.
+        view.__dict__ = config.__dict__
+        return view
+
+    def base_function(self, attention: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """Return the attention function the base would use now."""
+        # The view hides only the property; the name the model chose is under it.
+        name = _config_of(attention)._attn_implementation_internal  # noqa: SLF001 (what the property reads)
+        function = self.functions.get_interface(cast("str", name), self.eager)
+        return cast("Callable[..., tuple[Tensor, Tensor | None]]", function)
+
+    def project(self, attention: nn.Module, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of a prompt, each `(kv_heads, prompt_len, head_dim)`.
+
+        The base's key norm is not applied, as in the paper and litgpt.
+        """
+        head_dim: int = cast("Any", attention).head_dim
+        key, value = self.projections(attention, prompt)
+        # (1, prompt_len, kv_heads * head_dim) -> (kv_heads, prompt_len, head_dim)
+        return (
+            key.view(prompt.shape[1], -1, head_dim).transpose(0, 1),
+            value.view(prompt.shape[1], -1, head_dim).transpose(0, 1),
+        )
+
+    def sizes(self, base: nn.Module) -> tuple[int, int]:
+        """Return the hidden size and the number of attention heads."""
+        config = _config_of(base)
+        return config.hidden_size, config.num_attention_heads
+
+
+def attention_modules(tree: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the decoder self-attention modules of a tree by FQN, lowest layer first.
+
+    A module counts when its code asks transformers' attention interface and it has a layer index.
+    """
+    # By identity: a module with two FQNs is one layer, under the first of them.
+    first = {id(module): fqn for fqn, module in reversed(list(tree.items()))}
+    found = {
+        fqn: module
+        for fqn, module in tree.items()
+        if first[id(module)] == fqn
+        and isinstance(getattr(module, "config", None), PretrainedConfig)
+        and isinstance(getattr(module, "layer_idx", None), int)
+        and _uses_interface(type(module))
+    }
+    return dict(sorted(found.items(), key=lambda item: cast("Any", item[1]).layer_idx))
+
+
+def architecture_of(module: nn.Module, *, fqn: str) -> TransformersAttention:
+    """Return how to adapt an attention module.
+
+    Raises:
+        ContractError: It is adapted already, or is no attention module we know how to adapt.
+    """
+    if isinstance(module, AdaptedAttention):
+        _refuse(fqn, "a base attention module", f"{type(module).__name__}, adapted already",
+                "Remove the adapter first, or add this one to the model that holds it.")  # fmt: skip
+    name = type(module).__name__
+    if not _uses_interface(type(module)):
+        _refuse(fqn, "an attention module that uses transformers' attention interface", name,
+                "Select the attention modules, for example 'model.layers.*.self_attn'.")  # fmt: skip
+    if "forward" in vars(module):
+        _refuse(fqn, "a module with its class's own forward", f"{name} with a patched forward",
+                "Remove what patched it (accelerate's dispatch hooks, for example) first.")  # fmt: skip
+    projections = _projections(module)
+    if projections is None:
+        children = [child for child, _ in module.named_children()]
+        _refuse(fqn, "projections named k_proj and v_proj", f"{name} with {listed(children)}",
+                "This architecture is not supported.")  # fmt: skip
+    return TransformersAttention.of_class(type(module), cast("Projections", projections))
+
+
+def load_skeleton(source: str) -> nn.Module | None:
+    """Build the causal language model of a folder with a `config.json` on the meta device.
+
+    Returns:
+        The model without weights; None if `source` is no such folder.
+    """
+    if not (Path(source) / "config.json").is_file():
+        return None
+    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    return model
+
+
+def _attend_with_prompt(
+    module: AdaptedAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,  # noqa: ANN401 (passed on untouched)
+) -> tuple[Tensor, Tensor | None]:
+    """Call the base's attention function, and add the prompt's term to its output."""
+    architecture = cast("TransformersAttention", module.architecture)
+    output, weights = architecture.base_function(module)(
+        module, query, key, value, attention_mask, **kwargs
+    )
+    scaling = kwargs.get("scaling")
+    if scaling is None:
+        # What transformers' own functions fall back to.
+        scaling = query.shape[-1] ** -0.5
+    return module.add_prompt(output, query, scaling=scaling), weights
+
+
+@cache
+def _view_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]:
+    """Return a class whose objects differ from the base's in the attention function they name."""
+    members = {"_attn_implementation": property(lambda _: SEAM_KEY), "__module__": __name__}
+    return type(f"Seam{base.__name__}", (base,), members)
+
+
+def _projections(module: nn.Module) -> Projections | None:
+    for cls in type(module).__mro__:
+        if cls.__name__ in FUSED_CLASSES:
+            return FUSED_CLASSES[cls.__name__]
+    children = dict(module.named_children())
+    return SeparateProjections() if {"k_proj", "v_proj"} <= children.keys() else None
+
+
+def _uses_interface(cls: type[nn.Module]) -> bool:
+    forward = _forward(cls)
+    code = getattr(forward, "__code__", None)
+    return (
+        code is not None
+        and _TABLE in code.co_names
+        and {_TABLE, _EAGER} <= forward.__globals__.keys()
+    )
+
+
+def _forward(cls: type[nn.Module]) -> Any:  # noqa: ANN401 (a function, or what a decorator made of it)
+    return inspect.unwrap(cls.forward)
+
+
+def _config_of(module: nn.Module) -> PretrainedConfig:
+    return cast("PretrainedConfig", module.config)
+
+
+def _refuse(fqn: str, expected: str, actual: str, fix: str) -> None:
+    msg = f"Operation 'adaption_prompt' cannot work at {fqn!r}: expected {expected}, got {actual}. {fix}"
+    raise ContractError(msg, fqn=fqn, expected=expected, actual=actual)

@@ -1,0 +1,164 @@
+"""`AdaptedAttention`: a base attention module with an adaption prompt added to what it computes."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from surgery_adaption_prompt.config import AdaptionPromptConfig
+from surgery_adaption_prompt.functional import activate_gate, gated_prompt_attention
+
+PROMPT = "adaption_prompt"
+GATE = "adaption_gate"
+
+
+class AttentionArchitecture(Protocol):
+    """What adapting an attention module needs to know about the library it comes from."""
+
+    def seam_config(self, base: nn.Module) -> object:
+        """Return a configuration under which the module hands its query to `add_prompt`."""
+
+    def project(self, attention: nn.Module, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of a prompt, each `(kv_heads, prompt_len, head_dim)`.
+
+        Args:
+            attention: The module, whose own projections are called.
+            prompt: `(1, prompt_len, hidden)`.
+        """
+
+    def sizes(self, base: nn.Module) -> tuple[int, int]:
+        """Return the hidden size and the number of attention heads."""
+
+
+class AdaptedAttention(nn.Module):
+    """A base attention module that adds `o_proj(act(gate) * attention over the prompt)`.
+
+    Never built directly: `adapt` gives an object of a class that derives from this one and from
+    the base's class (as PyTorch's `fully_shard` does), so that whatever looks for the base's class
+    or its attributes finds them. The object wraps the base without changing it: it shares the
+    base's submodules, buffers and hook tables, runs the base's own `forward`, and differs in a
+    configuration object and two parameters:
+
+    - `adaption_prompt`, `(1, adapter_len, hidden)`: standard normal at first.
+    - `adaption_gate`, `(1,)` or `(num_attention_heads,)`: zero at first.
+
+    Invariant: with a gate of zero the output equals the base's, bit for bit. Base FQNs stay.
+    """
+
+    adaption_prompt: nn.Parameter
+    adaption_gate: nn.Parameter
+    base_attention: nn.Module
+    adaption_config: AdaptionPromptConfig
+    architecture: AttentionArchitecture
+
+    def add_prompt(self, output: Tensor, query: Tensor, *, scaling: float) -> Tensor:
+        """Add the prompt's term to what the base's attention function gave.
+
+        Args:
+            output: `(batch, query_len, heads, head_dim)`, before the output projection.
+            query: `(batch, heads, query_len, head_dim)`, as the base used it.
+            scaling: The base's factor on the logits, dimensionless.
+
+        Returns:
+            Same shape and dtype as `output`.
+        """
+        # The projections take the base's dtype; the parameters may be kept in a wider one.
+        prompt = self.adaption_prompt.to(query.dtype)
+        key, value = self.architecture.project(self, prompt)
+        gate = activate_gate(self.adaption_gate, self.adaption_config.gate_activation)
+        term = gated_prompt_attention(query, key, value, gate, scaling=scaling)
+        # Attention functions may return another dtype than the query's (float32 under autocast).
+        return output + term.to(output.dtype)
+
+    def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 (torch's signature)
+        """Set the mode here and on the base, which shares everything else."""
+        super().train(mode)
+        self.base_attention.training = mode
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 (torch's signature)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # Parameters of the base itself may have become new objects (from or to the meta device).
+        for name in self.base_attention._parameters:  # noqa: SLF001 (torch's registry)
+            self.base_attention._parameters[name] = self._parameters[name]  # noqa: SLF001 (same)
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class is made at run time, so copies and pickles are made by adapting again.
+        own = {name: self._parameters[name] for name in (PROMPT, GATE)}
+        return (
+            _restore,
+            (self.base_attention, self.architecture, self.adaption_config, own, self.training),
+        )
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        return self.__reduce__()
+
+
+def adapt(
+    base: nn.Module, architecture: AttentionArchitecture, config: AdaptionPromptConfig
+) -> AdaptedAttention:
+    """Wrap one attention module with a new adaption prompt; the module is not changed.
+
+    Args:
+        base: The attention module.
+        architecture: How to deal with it.
+        config: Length, gate and dtype.
+
+    Returns:
+        The wrapper, on the base's device, in the base's mode.
+    """
+    hidden, heads = architecture.sizes(base)
+    anchor = next(parameter for parameter in base.parameters())
+    dtype = parameter_dtype(base, config)
+    prompt = torch.empty(1, config.adapter_len, hidden, device=anchor.device, dtype=dtype)
+    num_gates = heads if config.gate == "head" else 1
+    gate = torch.zeros(num_gates, device=anchor.device, dtype=dtype)
+    trainable = not config.inference_mode
+    own = {
+        PROMPT: nn.Parameter(prompt.normal_(), requires_grad=trainable),
+        GATE: nn.Parameter(gate, requires_grad=trainable),
+    }
+    return _restore(base, architecture, config, own, base.training)
+
+
+def parameter_dtype(base: nn.Module, config: AdaptionPromptConfig) -> torch.dtype:
+    """Return the dtype of the parameters that `adapt` adds."""
+    if config.dtype is not None:
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        return dtype
+    floating = [p.dtype for p in base.parameters() if p.dtype in (torch.float32, torch.float64)]
+    return floating[0] if floating else torch.float32
+
+
+def _restore(
+    base: nn.Module,
+    architecture: AttentionArchitecture,
+    config: AdaptionPromptConfig,
+    own: dict[str, nn.Parameter],
+    training: bool,  # noqa: FBT001 (given by pickle)
+) -> AdaptedAttention:
+    cls = _adapted_class(type(base))  # type: ignore[arg-type]  # mypy takes the instances' __hash__ for the class's
+    adapted = cls.__new__(cls)
+    # Not __init__: the wrapper takes over the state of the base, tables shared, and makes none.
+    vars(adapted).update(vars(base))
+    vars(adapted).update(
+        base_attention=base,
+        architecture=architecture,
+        adaption_config=config,
+        config=architecture.seam_config(base),
+        training=training,
+        _parameters={**base._parameters, **own},  # noqa: SLF001 (torch's registry; a table of its own keeps the base's free of ours)
+    )
+    return adapted
+
+
+@cache
+def _adapted_class(base: type[nn.Module]) -> type[AdaptedAttention]:
+    """Return the one class for adapted modules of a base class.
+
+    Kept, so that modules of one base class have one class: torch.compile guards on it.
+    """
+    return type(f"Adapted{base.__name__}", (AdaptedAttention, base), {"__module__": __name__})

@@ -1,0 +1,147 @@
+"""What an adapter is made of: PEFT's fields, ours, and the checks that need no model."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+
+from surgery_core import OptionsError, listed
+
+PEFT_TYPE = "ADAPTION_PROMPT"
+
+PEFT_FIELDS = frozenset(
+    {
+        "adapter_layers",
+        "adapter_len",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_type",
+        "revision",
+        "target_modules",
+        "task_type",
+    }
+)
+"""Fields that PEFT 0.21.2 reads and writes for this method."""
+
+Gate = Literal["layer", "head"]
+GateActivation = Literal["identity", "tanh"]
+
+
+@dataclass(frozen=True)
+class AdaptionPromptConfig:
+    """Configuration of one adapter; the first nine fields are PEFT's, in PEFT's order.
+
+    Args:
+        peft_type: `"ADAPTION_PROMPT"`; None means the same.
+        auto_mapping: Kept for PEFT, not used here.
+        base_model_name_or_path: Name of the base model, for the record.
+        revision: Revision of the base model, for the record.
+        task_type: PEFT's task name, for example `"CAUSAL_LM"`; for the record.
+        inference_mode: The adapter is frozen.
+        target_modules: Name of the attention modules, for example `"self_attn"`; None finds them.
+        adapter_len: K, the length of each adaption prompt, in tokens. Required, at least 1.
+        adapter_layers: L, how many layers are adapted, counted from the top. Required, at least 1.
+        gate: One gate for each layer (`"layer"`, shape `(1,)`, as PEFT) or for each attention head
+            (`"head"`, shape `(num_attention_heads,)`, as the paper and LLaMA-Adapter).
+        gate_activation: What is applied to the gate before use; zero stays zero.
+        dtype: Of prompt and gate, for example `"bfloat16"`; None means float32, or the base's
+            own dtype where that is wider.
+
+    Raises:
+        OptionsError: A field is missing or out of its range.
+
+    Example:
+        >>> AdaptionPromptConfig(adapter_len=10, adapter_layers=30).peft_type
+        'ADAPTION_PROMPT'
+    """
+
+    peft_type: str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    inference_mode: bool = False
+    target_modules: str | None = None
+    # PEFT's signature has None here; it is refused below, so that the type needs no None.
+    adapter_len: int = None  # type: ignore[assignment]
+    adapter_layers: int = None  # type: ignore[assignment]
+    gate: Gate = "layer"
+    gate_activation: GateActivation = "identity"
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        # PEFT's enums are strings; keep the bare string, so that JSON and == need no PEFT.
+        for name in ("peft_type", "task_type"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, str.__str__(value) if isinstance(value, str) else value)
+        if self.peft_type is None:
+            object.__setattr__(self, "peft_type", PEFT_TYPE)
+        problems = [*self._type_problems(), *self._range_problems()]
+        if problems:
+            msg = f"AdaptionPromptConfig is invalid: {'; '.join(problems)}."
+            raise OptionsError(msg)
+
+    def _type_problems(self) -> list[str]:
+        expected: dict[str, type | tuple[type, ...]] = {
+            "auto_mapping": (dict, type(None)),
+            "base_model_name_or_path": (str, type(None)),
+            "revision": (str, type(None)),
+            "task_type": (str, type(None)),
+            "inference_mode": bool,
+            "target_modules": (str, type(None)),
+            "dtype": (str, type(None)),
+        }
+        return [
+            f"{name} has the wrong type, got {getattr(self, name)!r}"
+            for name, kind in expected.items()
+            if not isinstance(getattr(self, name), kind)
+        ]
+
+    def _range_problems(self) -> list[str]:
+        problems = [
+            f"{name} must be an integer of at least 1, got {value!r}"
+            for name, value in (
+                ("adapter_len", self.adapter_len),
+                ("adapter_layers", self.adapter_layers),
+            )
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1
+        ]
+        for name, value, allowed in (
+            ("peft_type", self.peft_type, (PEFT_TYPE,)),
+            ("gate", self.gate, ("layer", "head")),
+            ("gate_activation", self.gate_activation, ("identity", "tanh")),
+        ):
+            if value not in allowed:
+                problems.append(f"{name} must be one of {listed(allowed)}, got {value!r}")
+        if isinstance(self.dtype, str):
+            found = getattr(torch, self.dtype, None)
+            if not (isinstance(found, torch.dtype) and found.is_floating_point):
+                problems.append(f"dtype must name a floating-point torch dtype, got {self.dtype!r}")
+        return problems
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "AdaptionPromptConfig":
+        """Build from a mapping, refusing keys that are no fields.
+
+        Raises:
+            OptionsError: See the class; or a key is unknown.
+        """
+        unknown = sorted(values.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            msg = (
+                f"AdaptionPromptConfig has no field {listed(unknown)}: expected some of "
+                f"{listed([field.name for field in fields(cls)], most=20)}. Fix the spelling."
+            )
+            raise OptionsError(msg)
+        return cls(**values)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return PEFT's fields, and those of ours that differ from their defaults."""
+        ours = {field.name: field.default for field in fields(self)}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name in PEFT_FIELDS or value != ours[name]
+        }

@@ -1,0 +1,82 @@
+"""The maths of zero-init attention, in torch alone."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from surgery_adaption_prompt.config import GateActivation
+
+
+def gated_prompt_attention(
+    query: Float[Tensor, "batch heads query_len head_dim"],
+    prompt_key: Float[Tensor, "kv_heads prompt_len head_dim"],
+    prompt_value: Float[Tensor, "kv_heads prompt_len value_dim"],
+    gate: Float[Tensor, " gates"],
+    *,
+    scaling: float,
+) -> Float[Tensor, "batch query_len heads value_dim"]:
+    """Attend from each query position to the adaption prompt and weight the result by the gate.
+
+    `gate * softmax(query @ prompt_key.T * scaling) @ prompt_value`, with a softmax of its own over
+    the prompt positions, so that a gate of zero removes the prompt without a trace. The result is
+    added to what the base attention gives before its output projection.
+
+    Args:
+        query: Queries as the base attention used them: after query norm and rotary embedding.
+        prompt_key: Keys of the prompt, one set for each key-value head; no rotary embedding. Query
+            head h uses key-value head `h // (heads // kv_heads)`.
+        prompt_value: Values of the prompt.
+        gate: After its activation, dimensionless; one for each query head, or a single one.
+        scaling: Factor on the logits, dimensionless; the base attention's own.
+
+    Returns:
+        The term to add, laid out as transformers' attention interface returns its output. Dtype
+        of `query`. Exactly zero where the gate is zero, if keys and values are finite.
+
+    Numerics:
+        Softmax and gate in float32, or float64 for float64 queries. For float16 the logits are
+        computed in float32, since they may exceed what float16 can hold.
+
+    Source:
+        Zhang et al. 2023, arXiv:2303.16199, sec. 3.2; `gate` is their g_l.
+
+    Example:
+        >>> query = torch.ones(1, 2, 1, 4)
+        >>> prompt = torch.ones(1, 3, 4)
+        >>> gate = torch.tensor([0.0, 0.5])
+        >>> gated_prompt_attention(query, prompt, prompt, gate, scaling=0.5)[0, 0, :, 0]
+        tensor([0.0000, 0.5000])
+    """
+    batch, heads, query_len, head_dim = query.shape
+    kv_heads, prompt_len, value_dim = prompt_value.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    logit_dtype = wide if query.dtype is torch.float16 else query.dtype
+    # (batch, kv_heads, groups * query_len, head_dim): one matmul for the heads that share a key.
+    grouped = query.reshape(batch, kv_heads, -1, head_dim).to(logit_dtype)
+    logits = grouped @ prompt_key.to(logit_dtype).transpose(1, 2)
+    # To `wide` before scaling and softmax; low precision would lose the small differences.
+    weights = torch.softmax(logits.to(wide) * scaling, dim=-1)
+    # (batch, heads, query_len, prompt_len), so that the gate meets its heads.
+    weights = weights.view(batch, heads, query_len, prompt_len) * gate.to(wide).view(-1, 1, 1)
+    # Back to the query's dtype once, for the second matmul.
+    weights = weights.view(batch, kv_heads, -1, prompt_len).to(query.dtype)
+    term = weights @ prompt_value.to(query.dtype)
+    # (batch, query_len, heads, value_dim): the interface's layout.
+    return term.view(batch, heads, query_len, value_dim).transpose(1, 2)
+
+
+def activate_gate(gate: Float[Tensor, " gates"], activation: GateActivation) -> Tensor:
+    """Apply the gate activation; both leave zero at zero, with slope one.
+
+    Args:
+        gate: As learned, dimensionless.
+        activation: `"identity"` (the paper, PEFT) or `"tanh"` (LLaMA-Adapter's training code).
+
+    Returns:
+        The gate to use, same shape and dtype.
+
+    Example:
+        >>> activate_gate(torch.zeros(1), "tanh")
+        tensor([0.])
+    """
+    return torch.tanh(gate) if activation == "tanh" else gate

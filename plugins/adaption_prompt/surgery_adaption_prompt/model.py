@@ -1,0 +1,340 @@
+"""`AdaptionPromptModel`: many adapters over one base model, with the names PEFT users know."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from surgery_adaption_prompt.attention import AdaptedAttention
+from surgery_adaption_prompt.checkpoints import (
+    adapter_state,
+    load_config,
+    load_state,
+    load_state_,
+    save_adapter,
+)
+from surgery_adaption_prompt.config import AdaptionPromptConfig
+from surgery_adaption_prompt.operation import NAME, AdaptionPromptOperation
+from surgery_core import (
+    BoundRule,
+    OptionsError,
+    Plan,
+    Rule,
+    SwapState,
+    Transaction,
+    VariantError,
+    listed,
+)
+
+DEFAULT_ADAPTER = "default"
+"""Name of the adapter that PEFT's format keeps in the folder itself, not in a subfolder."""
+
+
+class AdaptionPromptModel(nn.Module):
+    """A frozen base model and its adapters, of which at most one is in it.
+
+    The top L attention modules of the base are replaced by `AdaptedAttention` modules that wrap
+    them. `SwapState` stores, removes and restores those of each adapter; the active adapter is never
+    in its store. Disabling takes the modules out of the model, which then is the base again, object
+    for object.
+
+    Life cycle: construction freezes the base and activates `adapter_name`; `unload` ends it, and
+    gives back the base as it was.
+
+    Args:
+        model: A decoder of transformers 5; changed in place.
+        configs: Configurations by adapter name; all of them are added.
+        adapter_name: Which of them to activate.
+
+    Raises:
+        OptionsError: There is no configuration of that name, or one asks for too many layers.
+        NoMatchError: The model has no attention modules, or none called `target_modules`.
+        ContractError: The modules cannot be adapted, or are adapted already.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> base = LlamaForCausalLM(
+        ...     LlamaConfig(
+        ...         vocab_size=8,
+        ...         hidden_size=8,
+        ...         intermediate_size=8,
+        ...         num_hidden_layers=2,
+        ...         num_attention_heads=2,
+        ...     )
+        ... )
+        >>> tokens = torch.tensor([[1, 2, 3]])
+        >>> expected = base(tokens).logits
+        >>> config = AdaptionPromptConfig(adapter_len=4, adapter_layers=2)
+        >>> model = AdaptionPromptModel(base, {"default": config}, "default")
+        >>> torch.equal(expected, model(tokens).logits)
+        True
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        configs: Mapping[str, AdaptionPromptConfig],
+        adapter_name: str,
+    ) -> None:
+        super().__init__()
+        if adapter_name not in configs:
+            msg = (
+                f"Adapter {adapter_name!r} has no configuration: configs has "
+                f"{listed(sorted(configs))}. Add one under that name."
+            )
+            raise OptionsError(msg)
+        self.model = model
+        self.swap_state = SwapState(model)
+        self.peft_config: dict[str, AdaptionPromptConfig] = {}
+        for name, config in configs.items():
+            self._add(name, config)
+        # Nothing has been written so far; either both of these happen or neither.
+        with Transaction() as freezing:
+            for parameter in model.parameters():
+                freezing.set_requires_grad(parameter, value=False)
+            self.swap_state.set(adapter_name)
+        self._freezing = freezing
+
+    # -- adapters ---------------------------------------------------------------------------------
+
+    def add_adapter(self, adapter_name: str, config: AdaptionPromptConfig) -> None:
+        """Add an untrained adapter; which adapter is active does not change.
+
+        Raises:
+            VariantError: The name is taken, empty, or no name for a folder.
+            SurgeryError: See the class; the model is unchanged.
+        """
+        self._add(adapter_name, config)
+        if self.swap_state.selected is None:
+            self.swap_state.set(adapter_name)
+
+    def set_adapter(self, adapter_name: str) -> None:
+        """Make an adapter the active one; while disabled, the one that `enable_*` will activate.
+
+        Raises:
+            VariantError: There is no such adapter.
+        """
+        self.swap_state.set(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; if it was active, the first of the others becomes so.
+
+        Raises:
+            VariantError: There is no such adapter.
+        """
+        others = [name for name in self.peft_config if name != adapter_name]
+        then = others[0] if others and adapter_name == self.swap_state.selected else None
+        self.swap_state.delete(adapter_name, then=then)
+        del self.peft_config[adapter_name]
+
+    def rename_adapter(self, adapter_name: str, new_name: str) -> None:
+        """Give an adapter another name.
+
+        Raises:
+            VariantError: There is no such adapter, or the new name is taken or no name for a folder.
+        """
+        _check_name(new_name)
+        self.swap_state.rename(adapter_name, new_name)
+        self.peft_config = {
+            new_name if name == adapter_name else name: config
+            for name, config in self.peft_config.items()
+        }
+
+    def enable_adapter_layers(self) -> None:
+        """Put the selected adapter's modules back in the model; harmless when they are there."""
+        self.swap_state.enable()
+
+    def disable_adapter_layers(self) -> None:
+        """Take the active adapter's modules out of the model; harmless when they are out."""
+        self.swap_state.disable()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[Self]:
+        """Run the base model for a while; may be nested."""
+        with self.swap_state.disabled():
+            yield self
+
+    def unload(self) -> PreTrainedModel:
+        """Remove every adapter and return the base as it was, trainable flags included.
+
+        Raises:
+            DriftError: Somebody replaced a module of the active adapter; nothing was changed.
+        """
+        self.swap_state.disable()
+        for name in list(self.peft_config):
+            self.delete_adapter(name)
+        self._freezing.rollback()
+        return self.model
+
+    @property
+    def active_adapter(self) -> str | None:
+        """Name of the selected adapter, as in PEFT also while disabled; None without adapters."""
+        return self.swap_state.selected
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The same as a list of at most one name."""
+        return [] if self.swap_state.selected is None else [self.swap_state.selected]
+
+    def adapter_modules(self, adapter_name: str) -> dict[str, AdaptedAttention]:
+        """Return the modules of an adapter by FQN in the base, wherever they are now.
+
+        Raises:
+            VariantError: There is no such adapter.
+        """
+        return cast("dict[str, AdaptedAttention]", self.swap_state.variant(adapter_name))
+
+    # -- the model --------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the base's own signature)
+        """Run the base model with the active adapter; arguments and result are the base's."""
+        return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the base's own signature)
+        """Generate with the active adapter; arguments and result are those of the base's method."""
+        return cast("Any", self.model).generate(*args, **kwargs)
+
+    def get_base_model(self) -> PreTrainedModel:
+        """Return the model that was passed in, with the active adapter's modules in it."""
+        return self.model
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The base model's configuration."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """The base model's device."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base model's dtype."""
+        return self.model.dtype
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return how many values are trained, and how many there are, in the model as it is."""
+        parameters = list(self.model.parameters())
+        trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        return trainable, sum(parameter.numel() for parameter in parameters)
+
+    def trainable_summary(self) -> str:
+        """Return the line PEFT's `print_trainable_parameters` prints."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total
+        return (
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
+        )
+
+    # -- disk -------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        selected_adapters: Sequence[str] | None = None,
+    ) -> None:
+        """Write adapters in PEFT's folder format, each with its own tensors, active or not.
+
+        Args:
+            save_directory: Takes the adapter `default`; others go into subfolders of their names.
+            selected_adapters: Which to write; None means all.
+
+        Raises:
+            VariantError: There is no such adapter; nothing was written.
+            StateError: An adapter has values that are not finite.
+        """
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        states = {name: adapter_state(self.adapter_modules(name)) for name in names}
+        for name, state in states.items():
+            folder = Path(save_directory) / ("" if name == DEFAULT_ADAPTER else name)
+            config = self.peft_config[name]
+            if config.base_model_name_or_path is None:
+                config = replace(config, base_model_name_or_path=self.config.name_or_path or None)
+            save_adapter(folder, config, state)
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        *,
+        is_trainable: bool = False,
+    ) -> None:
+        """Add an adapter from a folder that PEFT or `save_pretrained` wrote.
+
+        Args:
+            model_id: The folder.
+            adapter_name: Its name here.
+            is_trainable: Keep it trainable; otherwise it is frozen.
+
+        Raises:
+            SurgeryError: The folder cannot be read, or does not fit this model; nothing was added.
+        """
+        state = load_state(model_id)
+        config = replace(load_config(model_id), inference_mode=not is_trainable)
+        self._add(adapter_name, config, state)
+        if self.swap_state.selected is None:
+            self.swap_state.set(adapter_name)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: PreTrainedModel,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = DEFAULT_ADAPTER,
+        *,
+        is_trainable: bool = False,
+    ) -> Self:
+        """Put an adapter from a folder on a model.
+
+        Args:
+            model: The base model.
+            model_id: The folder.
+            adapter_name: Its name here.
+            is_trainable: Keep it trainable; otherwise it is frozen.
+
+        Raises:
+            SurgeryError: The folder cannot be read, or does not fit the model; it is unchanged.
+        """
+        state = load_state(model_id)
+        config = replace(load_config(model_id), inference_mode=not is_trainable)
+        adapted = cls(model, {adapter_name: config}, adapter_name)
+        try:
+            load_state_(adapted.adapter_modules(adapter_name), state)
+        except BaseException:
+            adapted.unload()
+            raise
+        return adapted
+
+    def _add(
+        self, name: str, config: AdaptionPromptConfig, state: Mapping[str, Tensor] | None = None
+    ) -> None:
+        _check_name(name)
+        rule = Rule(operation=NAME, options=config.to_mapping())
+        bound = BoundRule(rule=rule, operation=AdaptionPromptOperation())
+        plan = Plan.draft(self.model, [bound], originals=self.swap_state.originals())
+        self.swap_state.add(name, plan)
+        try:
+            if state is not None:
+                load_state_(self.adapter_modules(name), state)
+        except BaseException:
+            self.swap_state.delete(name)
+            raise
+        self.peft_config[name] = config
+
+
+def _check_name(name: str) -> None:
+    """Refuse names that cannot be a folder's, or that would hide what is in the folder."""
+    if not name or name != Path(name).name or name.startswith("."):
+        msg = (
+            f"Adapter name {name!r} cannot name a folder: expected one without separators that does "
+            "not begin with a dot. Choose another."
+        )
+        raise VariantError(msg)

@@ -1,0 +1,94 @@
+"""The rule that adapts the topmost attention modules, as an operation of the core."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from surgery_adaption_prompt.architectures import architecture_of, attention_modules
+from surgery_adaption_prompt.attention import GATE, PROMPT, AdaptedAttention, adapt, parameter_dtype
+from surgery_adaption_prompt.config import AdaptionPromptConfig
+from surgery_core import (
+    Effects,
+    NoMatchError,
+    Operation,
+    OptionsError,
+    Selector,
+    Site,
+    TensorSpec,
+    Tree,
+    Where,
+    listed,
+)
+
+NAME = "adaption_prompt"
+
+
+class AdaptionPromptOperation(Operation[AdaptionPromptConfig]):
+    """Add an adaption prompt to the top L attention modules; options as `AdaptionPromptConfig`."""
+
+    name = NAME
+    summary = "LLaMA-Adapter: learned prompts with a zero-initialised gate in the top L layers."
+
+    def parse_options(self, options: Mapping[str, Any]) -> AdaptionPromptConfig:
+        """Validate the options as an `AdaptionPromptConfig`.
+
+        Raises:
+            OptionsError: A field is unknown, missing or out of its range.
+        """
+        return AdaptionPromptConfig.from_mapping(options)
+
+    def targets(self, tree: Tree, options: AdaptionPromptConfig) -> Selector:
+        """Choose the `adapter_layers` topmost attention modules.
+
+        Raises:
+            NoMatchError: There are none, or none of the name `target_modules`.
+            OptionsError: There are fewer than `adapter_layers`.
+        """
+        found = attention_modules(tree)
+        if not found:
+            msg = (
+                f"Operation {NAME!r} found no attention module among {len(tree)} submodules: "
+                "expected modules that use transformers' attention interface. Pass a decoder of "
+                "transformers 5."
+            )
+            raise NoMatchError(msg, selector=NAME, candidates=())
+        target = options.target_modules
+        chosen = [fqn for fqn in found if target is None or f".{fqn}".endswith(f".{target}")]
+        if not chosen:
+            names = sorted({fqn.rpartition(".")[2] for fqn in found})
+            msg = (
+                f"target_modules {target!r} names no attention module: this model calls them "
+                f"{listed(names)}. Use that name, or leave target_modules out."
+            )
+            raise NoMatchError(msg, selector=str(target), candidates=names)
+        if options.adapter_layers > len(chosen):
+            msg = (
+                f"adapter_layers must be between 1 and {len(chosen)} (attention modules of this "
+                f"model), got {options.adapter_layers}."
+            )
+            raise OptionsError(msg)
+        top = frozenset(chosen[-options.adapter_layers :])
+        return Where(
+            lambda fqn, _: fqn in top, f"the top {len(top)} of {len(chosen)} attention modules"
+        )
+
+    def describe(self, site: Site, options: AdaptionPromptConfig) -> Effects:
+        """Return the two tensors that are added.
+
+        Raises:
+            ContractError: The module cannot be adapted, or is adapted already.
+        """
+        hidden, heads = architecture_of(site.module, fqn=site.fqn).sizes(site.module)
+        dtype = str(parameter_dtype(site.module, options)).removeprefix("torch.")
+        gates = heads if options.gate == "head" else 1
+        trainable = not options.inference_mode
+        shapes = {PROMPT: (1, options.adapter_len, hidden), GATE: (gates,)}
+        return Effects(
+            added=tuple(
+                TensorSpec(name=name, shape=shape, dtype=dtype, trainable=trainable)
+                for name, shape in shapes.items()
+            )
+        )
+
+    def build(self, site: Site, options: AdaptionPromptConfig) -> AdaptedAttention:
+        """Return the attention module of the site, wrapped."""
+        return adapt(site.module, architecture_of(site.module, fqn=site.fqn), options)

@@ -1,0 +1,22 @@
+"""Hook implementations, and nothing else."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from surgery_adaption_prompt.architectures import load_skeleton
+from surgery_adaption_prompt.operation import AdaptionPromptOperation
+from surgery_core import Operation, hookimpl
+
+
+@hookimpl
+def surgery_operations() -> Iterable[Operation[Any]]:
+    """Offer `adaption_prompt`."""
+    return [AdaptionPromptOperation()]
+
+
+@hookimpl
+def surgery_load_skeleton(source: str) -> nn.Module | None:
+    """Read a folder with a transformers `config.json`."""
+    return load_skeleton(source)

@@ -1,0 +1,165 @@
+"""What a replacement takes over from the module it replaces, and hands back when it leaves."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from surgery_core.errors import ContractError, listed
+
+HOOK_TABLES = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_state_dict_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+"""Tables in which `nn.Module` (torch 2.6 to 2.13) keeps hooks and their options."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CarryOver:
+    """How the state of a replaced module went over to its replacement.
+
+    Args:
+        fqn: Where.
+        hooks: `"none"`, `"shared"` (both modules use the same tables, so handles keep working),
+            `"kept"` (they stay on the original, which the replacement calls), or `"merged"` (copied
+            in front of hooks the replacement brought; handles reach the original only).
+        training: Mode given to the replacement's own modules.
+        dtypes: Dtypes of the tensors added, sorted names.
+        ties_broken: FQNs elsewhere in the model of tensors that were shared with the replaced
+            module and are not part of the replacement.
+    """
+
+    fqn: str
+    hooks: str
+    training: bool
+    dtypes: tuple[str, ...]
+    ties_broken: tuple[str, ...]
+
+
+def carry_over(
+    old: nn.Module, new: nn.Module, *, fqn: str, owners: Mapping[int, list[str]]
+) -> CarryOver:
+    """Give `new`, which is not in the model yet, the hooks and the mode of `old`.
+
+    Args:
+        old: The module in the model; not changed.
+        new: Its replacement; may hold `old`, or modules of it.
+        fqn: Where, for errors and the report.
+        owners: FQNs of every tensor in the model, by `id`.
+
+    Raises:
+        ContractError: A tensor that `new` adds is on another device than `old`.
+    """
+    old_modules = {id(module) for module in old.modules()}
+    old_tensors = {id(tensor): tensor for tensor in _tensors(old)}
+    added = [tensor for tensor in _tensors(new) if id(tensor) not in old_tensors]
+    devices = {tensor.device for tensor in old_tensors.values()}
+    strangers = {tensor.device for tensor in added} - devices
+    if devices and strangers:
+        msg = (
+            f"Replacement {type(new).__name__} is on another device at {fqn!r}: expected "
+            f"{listed(sorted(map(str, devices)))}, got {listed(sorted(map(str, strangers)))}. "
+            "Create its tensors on the device of the module it replaces."
+        )
+        raise ContractError(msg, fqn=fqn, expected=devices, actual=strangers)
+    for module in new.modules():
+        if id(module) not in old_modules:
+            module.training = old.training
+    kept_tensors = {id(tensor) for tensor in _tensors(new)}
+    return CarryOver(
+        fqn=fqn,
+        hooks="kept" if id(old) in {id(m) for m in new.modules()} else _carry_hooks(old, new),
+        training=old.training,
+        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in added})),
+        ties_broken=tuple(
+            other
+            for tensor_id in old_tensors
+            if tensor_id not in kept_tensors
+            for other in owners.get(tensor_id, ())
+            if not _is_inside(other, fqn)
+        ),
+    )
+
+
+def hook_ids(module: nn.Module) -> frozenset[int]:
+    """Return the ids of every hook on the module itself; torch never reuses one."""
+    return frozenset(key for table in HOOK_TABLES for key in vars(module)[table])
+
+
+def hand_over(
+    outgoing: nn.Module, incoming: nn.Module, *, known: frozenset[int] | None = None
+) -> None:
+    """Give a module that has taken the place of `outgoing` what changed on that one meanwhile.
+
+    That is the mode (`train` or `eval`; for modules that both contain it is the same already) and,
+    where the two do not share their tables, hooks registered while `outgoing` was in place.
+
+    Args:
+        outgoing: The module that was in the slot.
+        incoming: The module that is there now.
+        known: Ids of the hooks `outgoing` had when it was put in place; None when the two share
+            their tables.
+    """
+    if incoming.training is not outgoing.training:
+        common = {id(module) for module in outgoing.modules()}
+        for module in incoming.modules():
+            if id(module) not in common:
+                module.training = outgoing.training
+    if outgoing._is_full_backward_hook is not None:  # noqa: SLF001 (says how torch reads the table)
+        incoming._is_full_backward_hook = outgoing._is_full_backward_hook  # noqa: SLF001 (same)
+    if known is None:
+        return
+    for table in HOOK_TABLES:
+        theirs, ours = vars(outgoing)[table], vars(incoming)[table]
+        if theirs is not ours:
+            ours.update({key: hook for key, hook in theirs.items() if key not in known})
+
+
+def _carry_hooks(old: nn.Module, new: nn.Module) -> str:
+    state, given = vars(new), vars(old)
+    if state["_forward_hooks"] is given["_forward_hooks"]:
+        return "shared"
+    new._is_full_backward_hook = (  # noqa: SLF001 (says how torch reads the table)
+        new._is_full_backward_hook or old._is_full_backward_hook  # noqa: SLF001 (same)
+    )
+    outcome = "shared" if any(given[table] for table in HOOK_TABLES) else "none"
+    for table in HOOK_TABLES:
+        if state[table] and given[table]:
+            own = dict(state[table])
+            state[table].clear()
+            state[table].update({**given[table], **own})
+            outcome = "merged"
+        elif not state[table]:
+            # The very table: a handle removes its hook from both, and a hook registered on the
+            # replacement is still there when the original returns.
+            state[table] = given[table]
+    return outcome
+
+
+def _is_inside(fqn: str, parent: str) -> bool:
+    return not parent or fqn == parent or fqn.startswith(f"{parent}.")
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def tensor_owners(model: nn.Module) -> dict[int, list[str]]:
+    """Return every FQN of every parameter and buffer, by `id`."""
+    owners: dict[int, list[str]] = {}
+    for fqn, tensor in [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]:
+        owners.setdefault(id(tensor), []).append(fqn)
+    return owners

@@ -1,0 +1,66 @@
+"""The contract with plugins: every hook the core calls, when, and what an answer means.
+
+An implementation names the arguments it wants, and must not give them defaults: pluggy never
+passes an argument that has one, so such a plugin is refused when it is loaded.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pluggy
+from torch import nn
+
+from surgery_core.plan import Operation
+from surgery_core.surgery import Surgery
+
+PROJECT = "surgery_core"
+"""Name of the pluggy project and of the entry-point group."""
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def surgery_operations() -> Iterable[Operation[Any]]:  # type: ignore[empty-body]
+    """Offer operations.
+
+    Called once, when the plugin is loaded. Returns operations; a name that another plugin offers
+    too is an error that names both. An exception makes the plugin a broken one: reported, not
+    fatal. The order between plugins does not matter.
+    """
+
+
+@hookspec(firstresult=True)
+def surgery_load_skeleton(source: str) -> nn.Module | None:
+    """Build the model that `source` names without its weights, on the meta device.
+
+    Called by `surgery plan` for a source that is not `package.module:factory`, until a plugin
+    answers. Return None for a source that is not yours; an exception ends the command.
+
+    Args:
+        source: What the user wrote: a folder, a file or an identifier.
+    """
+
+
+@hookspec
+def surgery_applied(surgery: Surgery) -> None:
+    """Take note that a plan of this session was applied.
+
+    Called once after each `Plan.apply`, for every plugin. An exception becomes a warning that names
+    the plugin; the surgery stays applied.
+
+    Args:
+        surgery: The applied surgery.
+    """
+
+
+@hookspec
+def surgery_reverted(surgery: Surgery) -> None:
+    """Take note that a surgery of this session was reverted.
+
+    Called once after each `Surgery.revert`, for every plugin. An exception becomes a warning that
+    names the plugin; the surgery stays reverted.
+
+    Args:
+        surgery: The reverted surgery.
+    """

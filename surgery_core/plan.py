@@ -1,0 +1,415 @@
+"""What would change: rules bound to operations, checked against a model without touching it."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from surgery_core.errors import ConflictError, ContractError, NoMatchError, listed
+from surgery_core.selectors import Selector, Tree, closest, parse_selector
+from surgery_core.slots import Site, SlotIndex
+
+OptionsT = TypeVar("OptionsT")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """A tensor that an edit adds.
+
+    Args:
+        name: Key relative to the site, for example `adaption_gate`.
+        shape: Sizes of its axes.
+        dtype: Name without the `torch.` prefix, for example `float32`.
+        trainable: Whether it is created with `requires_grad`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    trainable: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effects:
+    """What an edit does to the state dict below its site; every other key stays.
+
+    Args:
+        added: Tensors that appear.
+        removed: Keys, relative to the site, that disappear.
+    """
+
+    added: tuple[TensorSpec, ...] = ()
+    removed: tuple[str, ...] = ()
+
+
+class Operation(ABC, Generic[OptionsT]):
+    """What a plugin offers by name: how to choose modules, and what to put in their place.
+
+    Planning calls `parse_options`, `targets` and `describe`, which must not change the model, draw
+    random numbers or allocate parameters. Applying calls `build`, for every site, before the first
+    write.
+    """
+
+    name: str
+    """Unique among the loaded plugins; how rules name the operation."""
+
+    summary: str
+    """One line for `surgery plugins`."""
+
+    @abstractmethod
+    def parse_options(self, options: Mapping[str, Any]) -> OptionsT:
+        """Validate what a rule gives.
+
+        Raises:
+            OptionsError: An option is unknown, missing or out of range.
+        """
+
+    @abstractmethod
+    def targets(self, tree: Tree, options: OptionsT) -> Selector:
+        """Return which modules to work on, among those the rule selects.
+
+        Args:
+            tree: The modules that the rule's selector chose, or all.
+            options: What `parse_options` gave.
+
+        Raises:
+            SurgeryError: The tree has nothing this operation could work on.
+        """
+
+    @abstractmethod
+    def describe(self, site: Site, options: OptionsT) -> Effects:
+        """Return what the edit would do to the state dict.
+
+        Raises:
+            ContractError: The module at this site does not suit the operation.
+        """
+
+    @abstractmethod
+    def build(self, site: Site, options: OptionsT) -> nn.Module:
+        """Return the replacement, without changing `site.module` or anything that holds it.
+
+        Raises:
+            SurgeryError: It cannot be built; nothing has been written then.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One line of a recipe: an operation, where, and with which options.
+
+    Args:
+        operation: Name of an operation that a plugin offers.
+        select: Where the operation may look for its targets; None means everywhere.
+        exclude: What to leave out of it; must exclude something, unless `optional`.
+        options: Passed to the operation, which refuses the ones it does not know.
+        expect: How many modules the rule must claim; None means at least one.
+        optional: Allow the rule to claim nothing.
+
+    Example:
+        >>> Rule(operation="adaption_prompt", options={"adapter_len": 10}).expect is None
+        True
+    """
+
+    operation: str
+    select: Selector | str | None = None
+    exclude: Selector | str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    expect: int | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoundRule:
+    """A rule with the operation its name stands for."""
+
+    rule: Rule
+    operation: Operation[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Claim:
+    """A site and the operation that wants it."""
+
+    rule: int
+    operation: Operation[Any]
+    options: Any
+    site: Site
+    effects: Effects
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edit:
+    """One line of a plan, as plain data."""
+
+    rule: int
+    operation: str
+    fqn: str
+    aliases: tuple[str, ...]
+    module: str
+    added: tuple[TensorSpec, ...]
+    removed: tuple[str, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        """How many values the edit adds."""
+        return sum(_numel(spec.shape) for spec in self.added)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanDocument:
+    """A plan as plain data: compared with `==`, printed, and kept as JSON.
+
+    Args:
+        fingerprint: Structural fingerprint of the model the plan was made for.
+        edits: In the order of the rules, then of the tree.
+    """
+
+    fingerprint: str
+    edits: tuple[Edit, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        """How many values the plan adds to the model."""
+        return sum(edit.num_parameters for edit in self.edits)
+
+    def to_json(self) -> str:
+        """Write as JSON, sorted and indented by two."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "PlanDocument":
+        """Read what `to_json` wrote; the result equals the document written.
+
+        Raises:
+            ContractError: The text is not a plan.
+        """
+        try:
+            data = json.loads(text)
+            return cls(fingerprint=data["fingerprint"], edits=tuple(map(_edit, data["edits"])))
+        except (KeyError, TypeError, ValueError) as err:
+            msg = f"Text is not a plan: expected what PlanDocument.to_json() writes, got {err!r}."
+            raise ContractError(msg, fqn="", expected="a plan", actual=text[:80]) from err
+
+    def render(self) -> str:
+        """Write as a table for people, with totals in the last line."""
+        if not self.edits:
+            return "No changes."
+        rows = [
+            (edit.fqn or "(root)", edit.module.rpartition(".")[2], edit.operation, _added(edit))
+            for edit in self.edits
+        ]
+        header = ("module", "class", "operation", "adds")
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in [header, tuple("-" * width for width in widths), *rows]
+        ]
+        modules = "1 module" if len(rows) == 1 else f"{len(rows)} modules"
+        lines.append(f"Plan: {modules} replaced, {self.num_parameters:,} parameters added.")
+        return "\n".join(lines)
+
+
+def draft(
+    model: nn.Module,
+    rules: Sequence[BoundRule],
+    *,
+    originals: Mapping[int, nn.Module] | None = None,
+) -> tuple[list[Claim], PlanDocument]:
+    """Work out what the rules would do; the model, its tensors and the random state stay as they are.
+
+    Args:
+        model: The model to plan for.
+        rules: In order; overlaps between them are errors.
+        originals: See `SlotIndex`.
+
+    Returns:
+        The claims, bound to live sites, and the same as plain data.
+
+    Raises:
+        NoMatchError: A rule, or an exclusion, matches nothing.
+        ConflictError: Two claims overlap.
+        ContractError: A module does not suit its operation, or a rule's `expect` is not met.
+        OptionsError: An operation refuses its options.
+    """
+    index = SlotIndex(model, originals=originals)
+    claims: list[Claim] = []
+    for number, bound in enumerate(rules):
+        claims += _claims_of(number, bound, index)
+    _check_conflicts(claims)
+    edits = tuple(
+        Edit(
+            rule=claim.rule,
+            operation=claim.operation.name,
+            fqn=claim.site.fqn,
+            aliases=claim.site.fqns[1:],
+            module=_class_name(claim.site.module),
+            added=claim.effects.added,
+            removed=claim.effects.removed,
+        )
+        for claim in claims
+    )
+    return claims, PlanDocument(fingerprint=_digest(index.modules), edits=edits)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a structural fingerprint: FQNs, classes, and names, shapes and dtypes of tensors.
+
+    Values, devices and training flags do not count.
+
+    Example:
+        >>> fingerprint(nn.Linear(2, 3)) == fingerprint(nn.Linear(2, 3))
+        True
+        >>> fingerprint(nn.Linear(2, 3)) == fingerprint(nn.Linear(3, 2))
+        False
+    """
+    return _digest(SlotIndex(model).modules)
+
+
+def _claims_of(number: int, bound: BoundRule, index: SlotIndex) -> list[Claim]:
+    rule, operation, tree = bound.rule, bound.operation, index.modules
+    options = operation.parse_options(rule.options)
+    subject = f"Rule {number} ({operation.name!r}):"
+    offered = tree
+    if rule.select is not None:
+        selector = _as_selector(rule.select)
+        selected = selector.select(tree)
+        offered = {fqn: module for fqn, module in tree.items() if fqn in selected}
+        if not offered:
+            if rule.optional:
+                return []
+            _raise_no_match(f"{subject} selector", selector, tree)
+    targets = operation.targets(offered, options)
+    chosen = targets.select(offered)
+    if not chosen and not rule.optional:
+        _raise_no_match(f"{subject} target", targets, offered)
+    if rule.exclude is not None:
+        excluded = _as_selector(rule.exclude)
+        dropped = chosen & excluded.select(tree)
+        if not dropped and not rule.optional:
+            _raise_no_match(f"{subject} exclude", excluded, tree)
+        # An alias excludes the module by every name it has.
+        ids = {id(tree[fqn]) for fqn in dropped}
+        chosen = frozenset(fqn for fqn in chosen if id(tree[fqn]) not in ids)
+    sites = {id(tree[fqn]): index.site(fqn) for fqn in tree if fqn in chosen}
+    if rule.expect is not None and len(sites) != rule.expect:
+        msg = (
+            f"Rule {number} ({operation.name!r}) expected {rule.expect} modules, got {len(sites)}: "
+            f"{listed(site.fqn for site in sites.values())}. Change the selector or `expect`."
+        )
+        raise ContractError(msg, fqn="", expected=rule.expect, actual=len(sites))
+    return [
+        Claim(
+            rule=number,
+            operation=operation,
+            options=options,
+            site=site,
+            effects=operation.describe(site, options),
+        )
+        for site in sites.values()
+    ]
+
+
+def _as_selector(value: Selector | str) -> Selector:
+    return parse_selector(value) if isinstance(value, str) else value
+
+
+def _raise_no_match(subject: str, selector: Selector, tree: Tree) -> None:
+    near = closest(str(selector), tree)
+    hint = f" Closest FQN: {listed(near)}." if near else ""
+    msg = (
+        f"{subject} {str(selector)!r} matched none of {len(tree)} submodules.{hint} "
+        "Fix the pattern, or mark the rule as optional."
+    )
+    raise NoMatchError(msg, selector=str(selector), candidates=near)
+
+
+def _check_conflicts(claims: Iterable[Claim]) -> None:
+    """Refuse claims on one module, and claims on a module inside another claimed one."""
+    owner: dict[str, Claim] = {}
+    clashes: list[tuple[Claim, str, Claim, str]] = []
+    for claim in claims:
+        # `owner` holds every alias, so one clash per claim is reported by its first FQN.
+        found = next((owner[fqn] for fqn in claim.site.fqns if fqn in owner), None)
+        if found is not None:
+            clashes.append((found, found.site.fqn, claim, claim.site.fqn))
+        for fqn in claim.site.fqns:
+            owner.setdefault(fqn, claim)
+    clashes += [
+        (owner[ancestor], ancestor, claim, fqn)
+        for fqn, claim in owner.items()
+        for ancestor in _ancestors(fqn)
+        if ancestor in owner and owner[ancestor].site is not claim.site
+    ]
+    if clashes:
+        lines = [
+            f"{a.operation.name!r} (rule {a.rule}) claims {a_fqn or '(root)'!r} and "
+            f"{b.operation.name!r} (rule {b.rule}) claims {b_fqn!r}"
+            for a, a_fqn, b, b_fqn in clashes[:MAX_CLASHES]
+        ]
+        more = len(clashes) - len(lines)
+        msg = (
+            f"Operations conflict: {'; '.join(lines)}{f'; and {more} more' if more else ''}. "
+            "Narrow their selectors so that they are disjoint."
+        )
+        pairs = [
+            ((a.operation.name, a_fqn), (b.operation.name, b_fqn)) for a, a_fqn, b, b_fqn in clashes
+        ]
+        raise ConflictError(msg, claims=pairs)
+
+
+MAX_CLASHES = 5
+"""How many conflicts an error message spells out."""
+
+
+def _ancestors(fqn: str) -> Iterable[str]:
+    """Yield every proper prefix of an FQN, the root last."""
+    while fqn:
+        fqn = fqn.rpartition(".")[0]
+        yield fqn
+
+
+def _digest(modules: Tree) -> str:
+    lines = []
+    for fqn, module in modules.items():
+        lines.append(f"{fqn}:{_class_name(module)}")
+        for kind, tensors in (("p", module._parameters), ("b", module._buffers)):  # noqa: SLF001 (own tensors only, in torch's registry)
+            lines += [
+                f" {kind}:{name}:{tuple(tensor.shape)}:{tensor.dtype}"
+                for name, tensor in tensors.items()
+                if tensor is not None
+            ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _class_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _edit(data: Mapping[str, Any]) -> Edit:
+    return Edit(
+        **{
+            **data,
+            "aliases": tuple(data["aliases"]),
+            "removed": tuple(data["removed"]),
+            "added": tuple(
+                TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in data["added"]
+            ),
+        }
+    )
+
+
+def _added(edit: Edit) -> str:
+    parts = [f"{spec.name} {list(spec.shape)} {spec.dtype}" for spec in edit.added]
+    parts += [f"-{name}" for name in edit.removed]
+    return ", ".join(parts) or "no tensors"
+
+
+def _numel(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

@@ -1,0 +1,223 @@
+"""Find, load and ask plugins: one manager per session, a broken plugin reported and not fatal."""
+
+import importlib.metadata
+import inspect
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pluggy
+from torch import nn
+
+from surgery_core import hookspecs
+from surgery_core.errors import (
+    PluginError,
+    SurgeryWarning,
+    UnknownOperationError,
+    listed,
+)
+from surgery_core.hookspecs import PROJECT
+from surgery_core.plan import Operation
+from surgery_core.surgery import Surgery
+
+BLOCK_VARIABLE = "SURGERY_BLOCK_PLUGINS"
+"""Environment variable: names of entry points not to load, separated by commas."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PluginInfo:
+    """What `surgery plugins` says of one plugin.
+
+    Args:
+        name: Entry-point name, or the name of the module or class registered.
+        distribution: `name version`; None when it was registered by hand.
+        hooks: Names of the hooks it implements, sorted.
+        operations: Names of the operations it offers, sorted.
+        error: Why it could not be loaded; None when it was.
+    """
+
+    name: str
+    distribution: str | None
+    hooks: tuple[str, ...]
+    operations: tuple[str, ...]
+    error: str | None
+
+
+class Plugins:
+    """The plugins of one session, and a typed way to ask them.
+
+    Loading a plugin makes its operations nameable and does nothing else. Loading is
+    transactional: a plugin that breaks the contract leaves nothing behind.
+
+    Args:
+        plugins: Modules or objects with hook implementations; one that is broken raises.
+        discover: Also load the entry points of group `surgery_core`; one that is broken is kept in
+            `broken` and does not raise.
+
+    Raises:
+        PluginError: A plugin passed breaks the contract.
+    """
+
+    def __init__(self, plugins: Iterable[object] = (), *, discover: bool = True) -> None:
+        self._manager = pluggy.PluginManager(PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        self._operations: dict[str, tuple[Operation[Any], str]] = {}
+        self._infos: dict[str, PluginInfo] = {}
+        self.broken: dict[str, PluginError] = {}
+        for plugin in plugins:
+            self._load(plugin, _name_of(plugin), None)
+        if discover:
+            self._discover()
+
+    @property
+    def infos(self) -> tuple[PluginInfo, ...]:
+        """Every plugin found, broken ones included, sorted by name."""
+        return tuple(self._infos[name] for name in sorted(self._infos))
+
+    @property
+    def operations(self) -> dict[str, Operation[Any]]:
+        """Operations by name, sorted."""
+        return {name: self._operations[name][0] for name in sorted(self._operations)}
+
+    def operation(self, name: str) -> Operation[Any]:
+        """Return the operation of that name.
+
+        Raises:
+            UnknownOperationError: No loaded plugin offers it; the cause is the error of a broken
+                plugin, if there is one.
+        """
+        if name in self._operations:
+            return self._operations[name][0]
+        msg = f"Operation {name!r} is unknown: expected one of {listed(self.operations)}."
+        msg += (
+            f" Plugins that failed to load: {listed(sorted(self.broken))}; see `surgery plugins`."
+            if self.broken
+            else " Install the plugin that offers it, or pass the plugin to Session."
+        )
+        cause = next(iter(self.broken.values()), None)
+        raise UnknownOperationError(msg) from cause
+
+    def load_skeleton(self, source: str) -> nn.Module | None:
+        """Ask the plugins for the model a source names, without weights; None if nobody knows it."""
+        found: nn.Module | None = self._manager.hook.surgery_load_skeleton(source=source)
+        return found
+
+    def notify_applied(self, surgery: Surgery) -> None:
+        """Tell every plugin that a plan was applied."""
+        self._notify("surgery_applied", surgery)
+
+    def notify_reverted(self, surgery: Surgery) -> None:
+        """Tell every plugin that a surgery was reverted."""
+        self._notify("surgery_reverted", surgery)
+
+    def _notify(self, hook: str, surgery: Surgery) -> None:
+        # One plugin at a time: an observer that raises must not keep the others from being told.
+        for implementation in getattr(self._manager.hook, hook).get_hookimpls():
+            arguments = {"surgery": surgery} if implementation.argnames else {}
+            try:
+                implementation.function(**arguments)
+            except Exception as err:  # noqa: BLE001 (any error of an observer becomes a warning)
+                msg = f"Plugin {implementation.plugin_name!r} failed in {hook}: {err!r}."
+                warnings.warn(msg, SurgeryWarning, stacklevel=4)
+
+    def _discover(self) -> None:
+        blocked = {name.strip() for name in os.environ.get(BLOCK_VARIABLE, "").split(",")}
+        for entry_point in importlib.metadata.entry_points(group=PROJECT):
+            distribution = _distribution(entry_point)
+            if entry_point.name in blocked or self._manager.has_plugin(entry_point.name):
+                continue
+            try:
+                plugin = entry_point.load()
+                if plugin in self._manager.get_plugins():
+                    continue
+                self._load(plugin, entry_point.name, distribution)
+            except Exception as err:  # noqa: BLE001 (whatever a plugin's import raises)
+                self._report_broken(entry_point.name, distribution, err)
+
+    def _report_broken(self, name: str, distribution: str | None, err: Exception) -> None:
+        error = err
+        if not isinstance(err, PluginError):
+            msg = f"Plugin {name!r} ({distribution}) could not be imported: {err!r}."
+            error = PluginError(msg, plugin=name, distribution=distribution)
+            error.__cause__ = err
+        self.broken[name] = error  # type: ignore[assignment]  # narrowed just above
+        self._infos[name] = PluginInfo(
+            name=name, distribution=distribution, hooks=(), operations=(), error=str(error)
+        )
+
+    def _load(self, plugin: object, name: str, distribution: str | None) -> None:
+        owner = f"{name!r} ({distribution})" if distribution else repr(name)
+        try:
+            self._manager.register(plugin, name=name)
+            self._manager.check_pending()
+            hooks = _check_defaults(self._manager, plugin)
+            offered = self._ask_operations(plugin)
+            self._check_names(offered, owner)
+        except Exception as err:
+            if self._manager.is_registered(plugin):
+                self._manager.unregister(plugin)
+            msg = f"Plugin {owner} breaks the contract: {err}"
+            raise PluginError(msg, plugin=name, distribution=distribution) from err
+        self._operations.update({operation.name: (operation, owner) for operation in offered})
+        self._infos[name] = PluginInfo(
+            name=name,
+            distribution=distribution,
+            hooks=hooks,
+            operations=tuple(sorted(operation.name for operation in offered)),
+            error=None,
+        )
+
+    def _ask_operations(self, plugin: object) -> list[Operation[Any]]:
+        others = [known for known in self._manager.get_plugins() if known is not plugin]
+        caller = self._manager.subset_hook_caller("surgery_operations", remove_plugins=others)
+        offered = [operation for answer in caller() for operation in answer]
+        for operation in offered:
+            if not isinstance(operation, Operation):
+                msg = f"surgery_operations returned {operation!r}: expected an Operation."
+                raise TypeError(msg)
+        return offered
+
+    def _check_names(self, offered: list[Operation[Any]], owner: str) -> None:
+        taken = {name: by for name, (_, by) in self._operations.items()}
+        for operation in offered:
+            if operation.name in taken:
+                msg = (
+                    f"operation {operation.name!r} is offered by {taken[operation.name]} and by "
+                    f"{owner}. Block one of them with {BLOCK_VARIABLE}."
+                )
+                raise ValueError(msg)
+            taken[operation.name] = owner
+
+
+def _check_defaults(manager: pluggy.PluginManager, plugin: object) -> tuple[str, ...]:
+    """Refuse implementations whose arguments have defaults; return the names of the hooks."""
+    names = []
+    for caller in manager.get_hookcallers(plugin) or ():
+        names.append(caller.name)
+        for implementation in caller.get_hookimpls():
+            if implementation.plugin is not plugin:
+                continue
+            defaulted = [
+                parameter.name
+                for parameter in inspect.signature(implementation.function).parameters.values()
+                if parameter.default is not inspect.Parameter.empty
+            ]
+            if defaulted:
+                msg = (
+                    f"{caller.name} gives a default to {listed(defaulted)}, so pluggy would never "
+                    "pass it. Remove the default."
+                )
+                raise TypeError(msg)
+    return tuple(sorted(names))
+
+
+def _name_of(plugin: object) -> str:
+    name = getattr(plugin, "__name__", None)
+    return name if isinstance(name, str) else type(plugin).__name__
+
+
+def _distribution(entry_point: importlib.metadata.EntryPoint) -> str | None:
+    dist = entry_point.dist
+    return f"{dist.name} {dist.version}" if dist is not None else None

@@ -1,0 +1,220 @@
+"""Apply a plan and revert it: every replacement is built and checked before the first write."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from surgery_core.carry import CarryOver, carry_over, hand_over, hook_ids, tensor_owners
+from surgery_core.errors import ContractError, SurgeryError, listed
+from surgery_core.plan import BoundRule, Claim, PlanDocument, draft
+from surgery_core.slots import RootCell, Site, SlotKind, check_holds
+from surgery_core.transaction import OnWrite, Transaction
+
+Observer = Callable[["Surgery"], None]
+"""Told after the fact."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Replacement:
+    """What `build` made for one site, checked and ready to be put in place.
+
+    Args:
+        site: Where it goes.
+        module: The replacement.
+        carry_over: What it took over from the module it replaces.
+        known_hooks: Ids of the hooks it had before it was put in place.
+    """
+
+    site: Site
+    module: nn.Module
+    carry_over: CarryOver
+    known_hooks: frozenset[int]
+
+
+class Plan:
+    """A plan bound to a live model: nothing has been changed yet.
+
+    Made by `Session.plan` or `Plan.draft`. Holds references to the modules it is about, so it is good for this
+    process; `document` is the plan as data.
+
+    Args:
+        model: The model planned for.
+        claims: What will be replaced.
+        document: The same as plain data.
+        on_applied: Told after `apply`.
+        on_reverted: Told after `Surgery.revert`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        claims: list[Claim],
+        document: PlanDocument,
+        *,
+        on_applied: Observer | None = None,
+        on_reverted: Observer | None = None,
+    ) -> None:
+        self.model = model
+        self.claims = tuple(claims)
+        self.document = document
+        self._on_applied = on_applied
+        self._on_reverted = on_reverted
+
+    @classmethod
+    def draft(
+        cls,
+        model: nn.Module,
+        rules: Sequence[BoundRule],
+        *,
+        originals: Mapping[int, nn.Module] | None = None,
+        on_applied: Observer | None = None,
+        on_reverted: Observer | None = None,
+    ) -> "Plan":
+        """Plan without a session, from operations at hand.
+
+        Args:
+            model: The model to plan for.
+            rules: Rules with their operations.
+            originals: Modules to look through; see `SwapState.originals`.
+            on_applied: Told after `apply`.
+            on_reverted: Told after `Surgery.revert`.
+
+        Raises:
+            SurgeryError: See `surgery_core.plan.draft`.
+        """
+        claims, document = draft(model, rules, originals=originals)
+        return cls(model, claims, document, on_applied=on_applied, on_reverted=on_reverted)
+
+    def __str__(self) -> str:
+        return self.document.render()
+
+    def build(self) -> tuple[Replacement, ...]:
+        """Build and check every replacement; the model is not changed.
+
+        Raises:
+            ContractError: A replacement does not keep what its operation declared.
+        """
+        owners = tensor_owners(self.model)
+        seen: set[int] = set()
+        return tuple(_build_one(claim, owners, seen) for claim in self.claims)
+
+    def apply(self, *, on_write: OnWrite | None = None, in_place: bool = False) -> "Surgery":
+        """Replace everything, or change nothing and raise.
+
+        Args:
+            on_write: Told of every write before it happens; an error it raises rolls all back.
+            in_place: Refuse to replace the root, which a variable of the caller's holds.
+
+        Returns:
+            The applied surgery; its `model` is the model, or what replaced it at the root.
+
+        Raises:
+            DriftError: The model changed since the plan was made.
+            ContractError: See `build`; or the root would be replaced `in_place`.
+        """
+        if in_place and any(not claim.site.fqn for claim in self.claims):
+            msg = (
+                "Plan replaces the root module: expected modules inside it (in_place=True), got "
+                f"{type(self.model).__name__} itself. Use the `model` of the surgery returned."
+            )
+            raise ContractError(msg, fqn="", expected="a submodule", actual=type(self.model))
+        self._check_holds()
+        replacements = self.build()
+        # `build` is plugin code: look again before the first write.
+        self._check_holds()
+        with Transaction(on_write=on_write) as transaction:
+            for item in replacements:
+                for slot in item.site.slots:
+                    transaction.replace(slot, item.site.module, item.module)
+        surgery = Surgery(self, replacements, transaction, self._on_reverted)
+        if self._on_applied is not None:
+            self._on_applied(surgery)
+        return surgery
+
+    def _check_holds(self) -> None:
+        check_holds(
+            {slot: claim.site.module for claim in self.claims for slot in claim.site.slots},
+            subject="Model planned for",
+            fix="Plan again.",
+        )
+
+
+class Surgery:
+    """An applied plan: what was put where, and the way back.
+
+    Invariant: after `revert` every slot holds the very object it held before `Plan.apply`.
+    Surgeries stacked on one slot are reverted last first; another order is a `DriftError`.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        replacements: tuple[Replacement, ...],
+        transaction: Transaction,
+        on_reverted: Observer | None,
+    ) -> None:
+        self.plan = plan
+        self.replacements = replacements
+        self.is_applied = True
+        self._transaction = transaction
+        self._on_reverted = on_reverted
+
+    @property
+    def model(self) -> nn.Module:
+        """The model now: the object planned for, or, while the root is replaced, its replacement."""
+        for item in self.replacements if self.is_applied else ():
+            for slot in item.site.slots:
+                if slot.kind is SlotKind.ROOT and isinstance(slot.container, RootCell):
+                    return slot.container.module
+        return self.plan.model
+
+    def revert(self, *, on_write: OnWrite | None = None) -> nn.Module:
+        """Put every original back, or change nothing and raise.
+
+        Args:
+            on_write: As for `Plan.apply`.
+
+        Returns:
+            The model as it was planned for: the same objects in the same places.
+
+        Raises:
+            DriftError: Somebody replaced a module that this surgery put in place.
+            SurgeryError: It has been reverted already.
+        """
+        if not self.is_applied:
+            msg = "Surgery is reverted already: expected an applied surgery. Apply a plan again."
+            raise SurgeryError(msg)
+        self._transaction.undo(
+            subject="Model under surgery",
+            fix="Revert what was applied later first, or put the module named back.",
+            on_write=on_write,
+        )
+        for item in self.replacements:
+            hand_over(item.module, item.site.module, known=item.known_hooks)
+        self.is_applied = False
+        if self._on_reverted is not None:
+            self._on_reverted(self)
+        return self.plan.model
+
+
+def _build_one(claim: Claim, owners: Mapping[int, list[str]], seen: set[int]) -> Replacement:
+    site = claim.site
+    new = claim.operation.build(site, claim.options)
+    subject = f"Operation {claim.operation.name!r} broke its contract at {site.fqn!r}"
+    if not isinstance(new, nn.Module) or new is site.module or id(new) in seen:
+        msg = f"{subject}: expected a new torch.nn.Module for each site, got {new!r:.80}."
+        raise ContractError(msg, fqn=site.fqn, expected=nn.Module, actual=type(new))
+    seen.add(id(new))
+    before, after = set(site.module.state_dict(keep_vars=True)), set(new.state_dict(keep_vars=True))
+    promised = {spec.name for spec in claim.effects.added}, set(claim.effects.removed)
+    found = after - before, before - after
+    if found != promised:
+        msg = (
+            f"{subject}: expected state-dict keys added {listed(sorted(promised[0]))} and removed "
+            f"{listed(sorted(promised[1]))}, got added {listed(sorted(found[0]))} and removed "
+            f"{listed(sorted(found[1]))}. Make `describe` and `build` agree."
+        )
+        raise ContractError(msg, fqn=site.fqn, expected=promised, actual=found)
+    report = carry_over(site.module, new, fqn=site.fqn, owners=owners)
+    return Replacement(site=site, module=new, carry_over=report, known_hooks=hook_ids(new))

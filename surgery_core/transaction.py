@@ -1,0 +1,96 @@
+"""The only writer: every change to a model goes through a transaction that can take it back."""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from torch import nn
+
+from surgery_core.slots import Slot, check_holds
+
+OnWrite = Callable[[int, Slot | nn.Parameter], None]
+"""Called before each write with its number, from 0, and what is written. An error it raises aborts."""
+
+
+class Transaction:
+    """A sequence of writes that all happen or none.
+
+    As a context manager it commits on a normal exit and rolls back, in reverse, when the body
+    raises. After a commit, `undo` takes everything back in a transaction of its own.
+
+    Args:
+        on_write: Told of every write before it happens.
+    """
+
+    def __init__(self, *, on_write: OnWrite | None = None) -> None:
+        self._on_write = on_write
+        self._replaced: list[tuple[Slot, nn.Module, nn.Module]] = []
+        self._flagged: list[tuple[nn.Parameter, bool]] = []
+        self._count = 0
+
+    def replace(self, slot: Slot, old: nn.Module, new: nn.Module) -> None:
+        """Put `new` where `old` is.
+
+        The caller has checked with `check_holds` that `old` is there.
+        """
+        self._announce(slot)
+        self._replaced.append((slot, old, new))
+        slot.put(new)
+
+    def set_requires_grad(self, parameter: nn.Parameter, *, value: bool) -> None:
+        """Set whether a parameter is trained, remembering what it was."""
+        if parameter.requires_grad is value:
+            return
+        self._announce(parameter)
+        self._flagged.append((parameter, value))
+        parameter.requires_grad_(value)
+
+    @property
+    def replaced(self) -> tuple[tuple[Slot, nn.Module, nn.Module], ...]:
+        """`(slot, old, new)` of every replacement, in order."""
+        return tuple(self._replaced)
+
+    def rollback(self) -> None:
+        """Take back every write, last first."""
+        while self._replaced:
+            slot, old, _ = self._replaced.pop()
+            slot.put(old)
+        while self._flagged:
+            parameter, value = self._flagged.pop()
+            parameter.requires_grad_(not value)
+
+    def undo(self, *, subject: str, fix: str, on_write: OnWrite | None = None) -> None:
+        """Take back a committed transaction, all or nothing.
+
+        Args:
+            subject: How a drift error names what is undone.
+            fix: What the error tells the user to do.
+            on_write: As for the transaction itself.
+
+        Raises:
+            DriftError: A slot no longer holds what this transaction put there; nothing was changed.
+        """
+        # A slot written twice must hold what was written last.
+        check_holds({slot: new for slot, _, new in self._replaced}, subject=subject, fix=fix)
+        with Transaction(on_write=on_write) as reverse:
+            for slot, old, new in reversed(self._replaced):
+                reverse.replace(slot, new, old)
+            for parameter, value in reversed(self._flagged):
+                reverse.set_requires_grad(parameter, value=not value)
+
+    def _announce(self, target: Slot | nn.Parameter) -> None:
+        if self._on_write is not None:
+            self._on_write(self._count, target)
+        self._count += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self.rollback()
