@@ -1,6 +1,6 @@
 """What a replacement takes over from the module it replaces, and hands back when it leaves."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,19 +47,20 @@ class CarryOver:
 
 
 def carry_over(
-    old: nn.Module, new: nn.Module, *, fqn: str, owners: Mapping[int, list[str]]
+    old: nn.Module, new: nn.Module, *, fqns: Sequence[str], owners: Mapping[int, list[str]]
 ) -> CarryOver:
     """Give `new`, which is not in the model yet, the hooks and the mode of `old`.
 
     Args:
         old: The module in the model; not changed.
         new: Its replacement; may hold `old`, or modules of it.
-        fqn: Where, for errors and the report.
+        fqns: Every FQN of the place, the one for errors and the report first.
         owners: FQNs of every tensor in the model, by `id`.
 
     Raises:
         ContractError: A tensor that `new` adds is on another device than `old`.
     """
+    fqn = fqns[0]
     old_modules = {id(module) for module in old.modules()}
     old_tensors = {id(tensor): tensor for tensor in _tensors(old)}
     added = [tensor for tensor in _tensors(new) if id(tensor) not in old_tensors]
@@ -86,7 +87,7 @@ def carry_over(
             for tensor_id in old_tensors
             if tensor_id not in kept_tensors
             for other in owners.get(tensor_id, ())
-            if not _is_inside(other, fqn)
+            if not any(_is_inside(other, place) for place in fqns)
         ),
     )
 
@@ -115,14 +116,14 @@ def hand_over(
         for module in incoming.modules():
             if id(module) not in common:
                 module.training = outgoing.training
-    if outgoing._is_full_backward_hook is not None:  # noqa: SLF001 (says how torch reads the table)
+    if known is not None:
+        for table in HOOK_TABLES:
+            theirs, ours = vars(outgoing)[table], vars(incoming)[table]
+            if theirs is not ours:
+                ours.update({key: hook for key, hook in theirs.items() if key not in known})
+    # Only with hooks to read: a flag without any would forbid hooks of the other kind later.
+    if incoming._backward_hooks and outgoing._is_full_backward_hook is not None:  # noqa: SLF001 (says how torch reads the table)
         incoming._is_full_backward_hook = outgoing._is_full_backward_hook  # noqa: SLF001 (same)
-    if known is None:
-        return
-    for table in HOOK_TABLES:
-        theirs, ours = vars(outgoing)[table], vars(incoming)[table]
-        if theirs is not ours:
-            ours.update({key: hook for key, hook in theirs.items() if key not in known})
 
 
 def _carry_hooks(old: nn.Module, new: nn.Module) -> str:

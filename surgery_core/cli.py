@@ -99,7 +99,7 @@ def _load(session: Session, source: str) -> nn.Module:
         module_name, _, name = source.partition(":")
         try:
             model = getattr(importlib.import_module(module_name), name)()
-        except (ImportError, AttributeError) as err:
+        except (ImportError, AttributeError, TypeError, ValueError) as err:
             msg = f"Source {source!r} cannot be imported: {err}. Write package.module:factory."
             raise OptionsError(msg) from err
     else:

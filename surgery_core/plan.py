@@ -288,19 +288,22 @@ def _claims_of(number: int, bound: BoundRule, index: SlotIndex) -> list[Claim]:
         _raise_no_match(f"{subject} target", targets, offered)
     if rule.exclude is not None:
         excluded = _as_selector(rule.exclude)
-        dropped = chosen & excluded.select(tree)
-        if not dropped and not rule.optional:
-            _raise_no_match(f"{subject} exclude", excluded, tree)
         # An alias excludes the module by every name it has.
-        ids = {id(tree[fqn]) for fqn in dropped}
-        chosen = frozenset(fqn for fqn in chosen if id(tree[fqn]) not in ids)
+        ids = {id(tree[fqn]) for fqn in excluded.select(tree)}
+        kept = frozenset(fqn for fqn in chosen if id(tree[fqn]) not in ids)
+        if kept == chosen and not rule.optional:
+            _raise_no_match(f"{subject} exclude", excluded, tree)
+        chosen = kept
     sites = {id(tree[fqn]): index.site(fqn) for fqn in tree if fqn in chosen}
-    if rule.expect is not None and len(sites) != rule.expect:
+    is_met = len(sites) == rule.expect if rule.expect is not None else bool(sites)
+    # An optional rule may claim nothing, whatever it expects.
+    if not is_met and (sites or not rule.optional):
+        expected = "at least 1" if rule.expect is None else rule.expect
         msg = (
-            f"Rule {number} ({operation.name!r}) expected {rule.expect} modules, got {len(sites)}: "
+            f"Rule {number} ({operation.name!r}) expected {expected} modules, got {len(sites)}: "
             f"{listed(site.fqn for site in sites.values())}. Change the selector or `expect`."
         )
-        raise ContractError(msg, fqn="", expected=rule.expect, actual=len(sites))
+        raise ContractError(msg, fqn="", expected=expected, actual=len(sites))
     return [
         Claim(
             rule=number,
@@ -347,7 +350,7 @@ def _check_conflicts(claims: Iterable[Claim]) -> None:
     if clashes:
         lines = [
             f"{a.operation.name!r} (rule {a.rule}) claims {a_fqn or '(root)'!r} and "
-            f"{b.operation.name!r} (rule {b.rule}) claims {b_fqn!r}"
+            f"{b.operation.name!r} (rule {b.rule}) claims {b_fqn or '(root)'!r}"
             for a, a_fqn, b, b_fqn in clashes[:MAX_CLASHES]
         ]
         more = len(clashes) - len(lines)

@@ -126,15 +126,25 @@ class Plugins:
         blocked = {name.strip() for name in os.environ.get(BLOCK_VARIABLE, "").split(",")}
         for entry_point in importlib.metadata.entry_points(group=PROJECT):
             distribution = _distribution(entry_point)
-            if entry_point.name in blocked or self._manager.has_plugin(entry_point.name):
+            if entry_point.name in blocked:
                 continue
             try:
                 plugin = entry_point.load()
                 if plugin in self._manager.get_plugins():
                     continue
+                self._check_free(entry_point.name, distribution)
                 self._load(plugin, entry_point.name, distribution)
             except Exception as err:  # noqa: BLE001 (whatever a plugin's import raises)
                 self._report_broken(entry_point.name, distribution, err)
+
+    def _check_free(self, name: str, distribution: str | None) -> None:
+        if self._manager.has_plugin(name):
+            other = self._infos[name].distribution
+            msg = (
+                f"Plugin {name!r} ({distribution}) is not loaded: a plugin of that name is, from "
+                f"{other or 'this session'}. Uninstall or leave out one of them."
+            )
+            raise PluginError(msg, plugin=name, distribution=distribution)
 
     def _report_broken(self, name: str, distribution: str | None, err: Exception) -> None:
         error = err
@@ -142,8 +152,10 @@ class Plugins:
             msg = f"Plugin {name!r} ({distribution}) could not be imported: {err!r}."
             error = PluginError(msg, plugin=name, distribution=distribution)
             error.__cause__ = err
-        self.broken[name] = error  # type: ignore[assignment]  # narrowed just above
-        self._infos[name] = PluginInfo(
+        # Another distribution may have a plugin of that name, broken or not.
+        key = f"{name} ({distribution})" if name in self._infos else name
+        self.broken[key] = error  # type: ignore[assignment]  # narrowed just above
+        self._infos[key] = PluginInfo(
             name=name, distribution=distribution, hooks=(), operations=(), error=str(error)
         )
 

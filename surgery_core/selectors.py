@@ -248,11 +248,13 @@ def _split(pattern: str) -> list[str]:
 
 
 def _numbered_siblings(tree: Tree) -> dict[tuple[str, ...], list[int]]:
-    siblings: dict[tuple[str, ...], list[int]] = {}
+    siblings: dict[tuple[str, ...], set[int]] = {}
     for fqn in tree:
-        *parent, last = fqn.split(".")
-        if last.isdecimal():
-            siblings.setdefault(tuple(parent), []).append(int(last))
+        parts = fqn.split(".")
+        # Every segment: the tree offered to an operation may hold `layers.0.attn` alone.
+        for i, part in enumerate(parts):
+            if part.isdecimal():
+                siblings.setdefault(tuple(parts[:i]), set()).add(int(part))
     return {parent: sorted(numbers) for parent, numbers in siblings.items()}
 
 
@@ -291,5 +293,6 @@ def _bound(end: str | None, numbers: list[int]) -> int | None:
     value = int(end)
     if value >= 0:
         return value
-    # A count beyond the first sibling includes them all, as a slice does.
-    return numbers[max(value, -len(numbers))] if numbers else 0
+    # A count beyond the first sibling is below them all, as in a slice: from there is everything,
+    # up to there is nothing.
+    return numbers[value] if -value <= len(numbers) else -1

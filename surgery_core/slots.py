@@ -113,6 +113,7 @@ class SlotIndex:
         self.modules: dict[str, nn.Module] = {}
         self._originals = originals or {}
         self._slots: dict[int, list[Slot]] = {}
+        self._fixed: dict[int, str] = {}
         self._fqns: dict[int, list[str]] = {}
         self._walk(root, "", Slot(self.root, SlotKind.ROOT, 0, ""), ancestors=())
         self._add_unregistered()
@@ -122,8 +123,16 @@ class SlotIndex:
 
         Raises:
             KeyError: No module is reached by `fqn`.
+            ContractError: A tuple holds the module too, so it cannot be replaced everywhere.
         """
         module = self.modules[fqn]
+        if id(module) in self._fixed:
+            place = self._fixed[id(module)]
+            msg = (
+                f"Module at {fqn!r} cannot be replaced everywhere: expected places that can be "
+                f"written to, got the tuple {place!r}, which holds it too. Make it a list."
+            )
+            raise ContractError(msg, fqn=fqn, expected="a list", actual="a tuple")
         fqns = self._fqns[id(module)]
         return Site(
             fqn=fqns[0], module=module, slots=tuple(self._slots[id(module)]), fqns=tuple(fqns)
@@ -159,6 +168,11 @@ class SlotIndex:
             for name, value in vars(owner).items():
                 if name in _TORCH_STATE:
                     continue
+                if isinstance(value, tuple):
+                    place = f"{fqns[0]}.{name}" if fqns[0] else name
+                    self._fixed.update(
+                        {id(item): place for item in value if id(item) in self._slots}
+                    )
                 for slot, held in _held(owner, fqns[0], name, value):
                     if id(held) in self._slots and id(held) != owner_id:
                         self._slots[id(held)].append(slot)

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from surgery_core.carry import CarryOver, carry_over, hand_over, hook_ids, tensor_owners
 from surgery_core.errors import ContractError, SurgeryError, listed
-from surgery_core.plan import BoundRule, Claim, PlanDocument, draft
+from surgery_core.plan import BoundRule, Claim, PlanDocument, TensorSpec, draft
 from surgery_core.slots import RootCell, Site, SlotKind, check_holds
 from surgery_core.transaction import OnWrite, Transaction
 
@@ -42,7 +43,7 @@ class Plan:
         model: The model planned for.
         claims: What will be replaced.
         document: The same as plain data.
-        on_applied: Told after `apply`.
+        on_applied: Told after the last write of `apply`; an error it raises rolls all back.
         on_reverted: Told after `Surgery.revert`.
     """
 
@@ -127,9 +128,10 @@ class Plan:
             for item in replacements:
                 for slot in item.site.slots:
                     transaction.replace(slot, item.site.module, item.module)
-        surgery = Surgery(self, replacements, transaction, self._on_reverted)
-        if self._on_applied is not None:
-            self._on_applied(surgery)
+            surgery = Surgery(self, replacements, transaction, self._on_reverted)
+            # Inside the transaction: without a return the caller could not revert.
+            if self._on_applied is not None:
+                self._on_applied(surgery)
         return surgery
 
     def _check_holds(self) -> None:
@@ -206,7 +208,8 @@ def _build_one(claim: Claim, owners: Mapping[int, list[str]], seen: set[int]) ->
         msg = f"{subject}: expected a new torch.nn.Module for each site, got {new!r:.80}."
         raise ContractError(msg, fqn=site.fqn, expected=nn.Module, actual=type(new))
     seen.add(id(new))
-    before, after = set(site.module.state_dict(keep_vars=True)), set(new.state_dict(keep_vars=True))
+    built = new.state_dict(keep_vars=True)
+    before, after = set(site.module.state_dict(keep_vars=True)), set(built)
     promised = {spec.name for spec in claim.effects.added}, set(claim.effects.removed)
     found = after - before, before - after
     if found != promised:
@@ -216,5 +219,23 @@ def _build_one(claim: Claim, owners: Mapping[int, list[str]], seen: set[int]) ->
             f"{listed(sorted(found[1]))}. Make `describe` and `build` agree."
         )
         raise ContractError(msg, fqn=site.fqn, expected=promised, actual=found)
-    report = carry_over(site.module, new, fqn=site.fqn, owners=owners)
+    described = {spec.name: _spec_of(spec.name, built[spec.name]) for spec in claim.effects.added}
+    wrong = [spec for spec in claim.effects.added if spec != described[spec.name]]
+    if wrong:
+        first, actual = wrong[0], described[wrong[0].name]
+        msg = f"{subject}: expected {first}, got {actual}. Make `describe` and `build` agree."
+        raise ContractError(msg, fqn=site.fqn, expected=first, actual=actual)
+    report = carry_over(site.module, new, fqns=site.fqns, owners=owners)
     return Replacement(site=site, module=new, carry_over=report, known_hooks=hook_ids(new))
+
+
+def _spec_of(name: str, value: object) -> TensorSpec | None:
+    """Describe an entry of a state dict; None when it is extra state, which is no tensor."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    return TensorSpec(
+        name=name,
+        shape=tuple(value.shape),
+        dtype=str(value.dtype).removeprefix("torch."),
+        trainable=value.requires_grad,
+    )

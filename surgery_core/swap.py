@@ -1,6 +1,6 @@
 """Named variants over one set of slots: which one is in the model, and where the others are kept."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,7 @@ from torch import nn
 from surgery_core.carry import hand_over
 from surgery_core.errors import DriftError, VariantError, listed
 from surgery_core.slots import Site, check_holds
-from surgery_core.surgery import Plan
+from surgery_core.surgery import Plan, Replacement
 from surgery_core.transaction import OnWrite, Transaction
 
 Anchor = tuple[torch.device, torch.dtype]
@@ -38,7 +38,8 @@ class SwapState(nn.Module):
     `enable` puts the selected one back.
 
     Stored variants follow `.to()` and its kin: at once when this module is part of what is moved,
-    otherwise when they are next put in the model, from what became of the originals.
+    otherwise when they are next put in the model, from what became of the originals. Originals that
+    the active variant does not hold follow it when they are put back.
 
     Args:
         model: The model whose modules are swapped; not owned, not registered.
@@ -52,6 +53,7 @@ class SwapState(nn.Module):
         self._sites: dict[str, Site] = {}
         self._store: dict[str, _Stored] = {}
         self._active: dict[str, nn.Module] = {}
+        self._active_anchors: dict[str, Anchor | None] = {}
         self._selected: str | None = None
         self._is_enabled = True
         self.on_write = on_write
@@ -105,27 +107,15 @@ class SwapState(nn.Module):
             plan: For this model, drafted with `originals()`.
 
         Raises:
-            VariantError: The name is taken or empty, or the plan is for another model.
+            VariantError: The name is taken or empty, the plan is for another model or its root, or
+                a replacement takes in a module of the active variant.
             DriftError: An original at a site known already has been replaced.
             ContractError: A replacement does not keep what its operation declared.
         """
         self._require_free(name)
-        if plan.model is not self._model[0]:
-            msg = f"Plan for variant {name!r} is for another model. Plan for the model of this swap state."
-            raise VariantError(msg)
-        moved = [
-            claim.site.fqn
-            for claim in plan.claims
-            if (known := self._sites.get(claim.site.fqn)) is not None
-            and known.module is not claim.site.module
-        ]
-        if moved:
-            msg = (
-                f"Model under variants drifted at {listed(sorted(moved))}: expected the module "
-                "that the other variants stand for, got another. Put it back first."
-            )
-            raise DriftError(msg, fqns=moved)
+        self._check_plan(name, plan)
         replacements = plan.build()
+        self._check_built(name, replacements)
         for item in replacements:
             self._sites.setdefault(item.site.fqn, item.site)
         self._store[name] = self._stored({item.site.fqn: item.module for item in replacements})
@@ -186,6 +176,8 @@ class SwapState(nn.Module):
         if name == self._selected:
             self._move(then, is_enabled=self._is_enabled)
         del self._store[name]
+        used = {fqn for kept in self.names for fqn in self.variant(kept)}
+        self._sites = {fqn: site for fqn, site in self._sites.items() if fqn in used}
 
     def rename(self, name: str, new_name: str) -> None:
         """Give a variant another name; the model is not touched.
@@ -202,6 +194,43 @@ class SwapState(nn.Module):
         if name == self._selected:
             self._selected = new_name
 
+    def _check_plan(self, name: str, plan: Plan) -> None:
+        """Refuse a plan for something else than modules of this model as they are known here."""
+        if plan.model is not self._model[0]:
+            msg = f"Plan for variant {name!r} is for another model. Plan for the model of this swap state."
+            raise VariantError(msg)
+        if any(not claim.site.fqn for claim in plan.claims):
+            msg = (
+                f"Plan for variant {name!r} replaces the root module: expected modules inside it, "
+                f"got {type(plan.model).__name__} itself. Narrow the selector."
+            )
+            raise VariantError(msg)
+        moved = [
+            claim.site.fqn
+            for claim in plan.claims
+            if (known := self._sites.get(claim.site.fqn)) is not None
+            and known.module is not claim.site.module
+        ]
+        if moved:
+            msg = (
+                f"Model under variants drifted at {listed(sorted(moved))}: expected the module "
+                "that the other variants stand for, got another. Put it back first."
+            )
+            raise DriftError(msg, fqns=moved)
+
+    def _check_built(self, name: str, replacements: Iterable[Replacement]) -> None:
+        """Refuse replacements that took in a module of the active variant, which leaves with it."""
+        originals = self.originals()
+        for item in replacements:
+            held = [module for module in item.module.modules() if id(module) in originals]
+            if held:
+                msg = (
+                    f"Replacement for variant {name!r} at {item.site.fqn!r} holds a module of the "
+                    f"active variant {self.active!r}: expected modules of the base, got "
+                    f"{type(held[0]).__name__}. Disable the variants while adding this one."
+                )
+                raise VariantError(msg)
+
     def _move(self, target: str | None, *, is_enabled: bool) -> None:
         """Make `target` the selected variant, and active if `is_enabled`; the one transition."""
         wanted = self._store[target].modules if target is not None and is_enabled else {}
@@ -216,6 +245,7 @@ class SwapState(nn.Module):
             subject="Model under variants",
             fix="Put the module named back before changing variants.",
         )
+        self._follow_active()
         if target is not None and is_enabled:
             self._follow(target)
         with Transaction(on_write=self.on_write) as transaction:
@@ -229,6 +259,7 @@ class SwapState(nn.Module):
         if target is not None and is_enabled:
             del self._store[target]
         self._active, self._selected, self._is_enabled = wanted, target, is_enabled
+        self._active_anchors = {fqn: _anchor(module) for fqn, module in wanted.items()}
 
     def _stored(self, modules: dict[str, nn.Module]) -> _Stored:
         return _Stored(
@@ -240,13 +271,13 @@ class SwapState(nn.Module):
         stored = self._store[name]
         for fqn, module in stored.modules.items():
             original = self._sites[fqn].module
-            before, now = stored.anchors[fqn], _anchor(original)
-            if before is None or now is None or before == now:
-                continue
-            # A dtype that did not change is not imposed: adapters may be kept in a wider one.
-            dtype = now[1] if now[1] is not before[1] else None
-            _apply_own(module, original, partial(_to, device=now[0], dtype=dtype))
-            stored.anchors[fqn] = now
+            stored.anchors[fqn] = _catch_up(module, original, stored.anchors[fqn])
+
+    def _follow_active(self) -> None:
+        """Move originals outside the model to where the active variant went since it was put there."""
+        for fqn, module in self._active.items():
+            original = self._sites[fqn].module
+            self._active_anchors[fqn] = _catch_up(original, module, self._active_anchors[fqn])
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 (torch's signature)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -272,19 +303,33 @@ def _to(tensor: torch.Tensor, *, device: torch.device, dtype: torch.dtype | None
     return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
 
-def _anchor(original: nn.Module) -> Anchor | None:
-    """Return device and dtype of the first floating-point parameter of an original."""
-    for parameter in original.parameters():
-        if parameter.is_floating_point():
+def _catch_up(module: nn.Module, moved: nn.Module, before: Anchor | None) -> Anchor | None:
+    """Move `module` as `moved` was since its anchor was `before`; return the anchor now."""
+    now = _anchor(moved)
+    if before is not None and now is not None and before != now:
+        # A dtype that did not change is not imposed: adapters may be kept in a wider one.
+        dtype = now[1] if now[1] is not before[1] else None
+        _apply_own(module, moved, partial(_to, device=now[0], dtype=dtype))
+    return now
+
+
+def _anchor(module: nn.Module) -> Anchor | None:
+    """Return device and dtype of the first floating-point parameter of a module."""
+    # By hand, not by parameters(): its generators cost more than all the rest of a switch.
+    for parameter in module._parameters.values():  # noqa: SLF001 (torch's registry)
+        if parameter is not None and parameter.is_floating_point():
             return parameter.device, parameter.dtype
+    for child in module._modules.values():  # noqa: SLF001 (same)
+        if child is not None and (found := _anchor(child)) is not None:
+            return found
     return None
 
 
 def _apply_own(
-    module: nn.Module, original: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]
+    module: nn.Module, other: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
-    """Apply `fn` to the tensors that a replacement does not share with its original."""
-    shared = {id(found) for found in original.modules()}
+    """Apply `fn` to the tensors of the modules that `module` does not share with another."""
+    shared = {id(found) for found in other.modules()}
     with torch.no_grad():
         for found in module.modules():
             if id(found) not in shared:

@@ -1,0 +1,161 @@
+"""Operations that each break one promise; the contract suite must find every one."""
+
+import random
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from core.toys import Fresh, Gate, Gated, Shift, Shifted
+from torch import nn
+
+from surgery_core import Effects
+
+
+class MutatesInTargets(Gate):
+    def targets(self, tree, options):
+        tree["head"].visited = True
+        return super().targets(tree, options)
+
+
+class MutatesInDescribe(Gate):
+    def describe(self, site, options):
+        site.module.weight.requires_grad_(requires_grad=False)
+        return super().describe(site, options)
+
+
+class DrawsRandomNumbers(Gate):
+    def describe(self, site, options):
+        torch.rand(1)
+        return super().describe(site, options)
+
+
+class DrawsFromPython(Gate):
+    def describe(self, site, options):
+        random.random()  # noqa: S311 (no secret)
+        return super().describe(site, options)
+
+
+class MakesParameters(Gate):
+    def describe(self, site, options):
+        nn.Linear(2, 2, device="meta")
+        return super().describe(site, options)
+
+
+class ChangesItsMind(Gate):
+    calls: ClassVar[list[int]] = []
+
+    def describe(self, site, options):
+        self.calls.append(1)
+        found = super().describe(site, options)
+        # A plan asks for 8 modules: every other plan is another way round.
+        return replace(found, added=found.added[:: 1 if (len(self.calls) - 1) // 8 % 2 else -1])
+
+
+class TakesAnyOption(Gate):
+    def parse_options(self, options):
+        return dict(options)
+
+
+class LiesAboutKeys(Shift):
+    def describe(self, _site, _options):
+        return Effects()
+
+
+class LiesAboutShapes(Shift):
+    def describe(self, site, options):
+        (spec,) = super().describe(site, options).added
+        return Effects(added=(replace(spec, shape=(*spec.shape, 1)),))
+
+
+class ChangesValues(Shift):
+    def build(self, site, _options):
+        with torch.no_grad():
+            site.module.weight.mul_(2)
+        return Shifted(site.module)
+
+
+class WritesElsewhere(Fresh):
+    """Puts the model's other modules into training while it builds."""
+
+    def targets(self, tree, options):
+        self.bystander = tree.get("layers.0.norm")
+        return super().targets(tree, options)
+
+    def build(self, site, options):
+        if self.bystander is not None:
+            self.bystander.training = True
+        return super().build(site, options)
+
+
+class LeavesResidue(Gate):
+    def build(self, site, options):
+        site.module.was_built = True
+        return super().build(site, options)
+
+
+class SharesHooksOfWhatItCalls(Gate):
+    """Hooks are on the wrapper and on the original, which the wrapper calls: they fire twice."""
+
+    def build(self, site, options):
+        new = super().build(site, options)
+        new._forward_hooks = site.module._forward_hooks
+        return new
+
+
+class CallsAround(Gated):
+    """Holds the original and computes what it would without calling it."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.inner.weight, self.inner.bias) * (1 + self.gate)
+
+
+class LosesHooks(Gate):
+    def build(self, site, _options):
+        return CallsAround(site.module)
+
+
+class OwnTables(Gated):
+    """Gives the hooks of the original to the wrapper for good."""
+
+
+class MovesHooks(Gate):
+    def build(self, site, _options):
+        new = OwnTables(site.module)
+        new._forward_hooks.update(site.module._forward_hooks)
+        site.module._forward_hooks.clear()
+        return new
+
+
+class Stubborn(Gated):
+    def train(self, mode=True):  # noqa: ARG002 (torch's signature)
+        return self
+
+
+class IgnoresModes(Gate):
+    def build(self, site, _options):
+        return Stubborn(site.module)
+
+
+class CopiesBadly(Gated):
+    def __deepcopy__(self, memo):
+        return Gated(self.inner, gate=1.0)
+
+
+class DiffersWhenCopied(Gate):
+    def build(self, site, _options):
+        return CopiesBadly(site.module)
+
+
+class PicklesBadly(Gated):
+    def __reduce__(self):
+        return Gated, (self.inner,), {**self.__dict__, "_parameters": {"gate": self.gate + 1}}
+
+
+class DiffersWhenPickled(Gate):
+    def build(self, site, _options):
+        return PicklesBadly(site.module)
+
+
+class IsNoIdentity(Gate):
+    def build(self, site, _options):
+        return Gated(site.module, gate=1e-6)

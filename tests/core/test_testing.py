@@ -1,0 +1,200 @@
+"""The contract suite passes good operations and, for every way to be bad, fails."""
+
+import unittest
+
+import pytest
+import torch
+from core.bad_toys import (
+    ChangesItsMind,
+    ChangesValues,
+    DiffersWhenCopied,
+    DiffersWhenPickled,
+    DrawsFromPython,
+    DrawsRandomNumbers,
+    IgnoresModes,
+    IsNoIdentity,
+    LeavesResidue,
+    LiesAboutKeys,
+    LiesAboutShapes,
+    LosesHooks,
+    MakesParameters,
+    MovesHooks,
+    MutatesInDescribe,
+    MutatesInTargets,
+    SharesHooksOfWhatItCalls,
+    TakesAnyOption,
+    WritesElsewhere,
+)
+from core.toys import (
+    Fresh,
+    Gate,
+    Net,
+    Shift,
+    Twice,
+    example,
+    session,
+)
+from torch import nn
+
+from surgery_core import Rule
+from surgery_core.testing import (
+    InjectedError,
+    OperationContract,
+    failing_at,
+)
+
+
+class ToyContract(OperationContract):
+    operation = Gate
+    select: str | None = None
+
+    def make_model(self):
+        return Net()
+
+    def make_aliased_model(self):
+        return Twice(Net())
+
+    def rules(self):
+        return [Rule(operation=self.operation.name, select=self.select)]
+
+    def run(self, model):
+        return model(example())
+
+    def session(self):
+        return session(self.operation())
+
+
+class TestGate(ToyContract):
+    """A wrapper that owns the original."""
+
+
+class TestShift(ToyContract):
+    """A replacement that shares the parameters of the original."""
+
+    operation = Shift
+
+
+class TestFresh(ToyContract):
+    """A replacement that shares nothing."""
+
+    operation = Fresh
+    identity_at_init = False
+
+
+class TestRoot(ToyContract):
+    """The root is replaced."""
+
+    def make_model(self):
+        return nn.Linear(4, 4)
+
+    def make_aliased_model(self):
+        return None
+
+
+class TestHolders(ToyContract):
+    """Targets are held outside the registry too, and the model returns a tuple."""
+
+    def make_model(self):
+        model = Net()
+        model.heads = [model.head, (1, model.stem)]
+        model.by_name = {"up": model.layers[0].up}
+        model.layers[0].__dict__["shortcut"] = model.layers[0].down
+        return model
+
+    def run(self, model):
+        return model(example()), model.heads[0](example())
+
+
+class TestWithoutGradients(ToyContract):
+    """No output needs gradients, so no backward hook can fire."""
+
+    def run(self, model):
+        with torch.no_grad():
+            return model(example())
+
+
+def test_the_suite_asks_for_installed_plugins_by_default(install):
+    install("toy", "from core.toys import ToyPlugin\nplugin = ToyPlugin()\n", attribute="plugin")
+
+    found = OperationContract.session(TestGate())
+
+    assert list(found.plugins.operations) == ["fresh", "gate", "shift"]
+
+
+def test_the_suite_needs_no_model_with_aliases():
+    assert OperationContract.make_aliased_model(TestGate()) is None
+    with pytest.raises(unittest.SkipTest, match=r"\Amake_aliased_model\(\) gives no model\Z"):
+        TestRoot().test_aliases_are_replaced_together()
+
+
+def failing(operation, **attributes):
+    """Run the whole suite on an operation and return the names of the tests that fail."""
+    contract = type("Contract", (ToyContract,), {"operation": operation, **attributes})
+    found = set()
+    for name in dir(contract):
+        if name.startswith("test_"):
+            try:
+                getattr(contract(), name)()
+            except Exception:  # noqa: BLE001 (an error of any kind fails a test)
+                found.add(name.removeprefix("test_"))
+    return found
+
+
+@pytest.mark.parametrize("operation", [Gate, Shift, Fresh])
+def test_a_good_operation_passes(operation):
+    assert failing(operation, identity_at_init=operation is not Fresh) == set()
+
+
+@pytest.mark.parametrize(
+    ("operation", "expected"),
+    [
+        (MutatesInTargets, "planning_changes_nothing"),
+        (MutatesInDescribe, "planning_changes_nothing"),
+        (DrawsRandomNumbers, "planning_changes_nothing"),
+        (DrawsFromPython, "planning_changes_nothing"),
+        (MakesParameters, "planning_changes_nothing"),
+        (ChangesItsMind, "planning_twice_gives_equal_documents"),
+        (TakesAnyOption, "unknown_options_are_refused"),
+        (LiesAboutKeys, "apply_has_the_declared_effects"),
+        (LiesAboutShapes, "apply_has_the_declared_effects"),
+        (ChangesValues, "apply_has_the_declared_effects"),
+        (ChangesValues, "revert_restores_the_same_objects"),
+        (ChangesValues, "a_fault_at_any_write_of_apply_changes_nothing"),
+        (WritesElsewhere, "apply_changes_only_the_modules_named"),
+        (LeavesResidue, "revert_restores_the_same_objects"),
+        (LeavesResidue, "drift_stops_revert"),
+        (LeavesResidue, "aliases_are_replaced_together"),
+        (LeavesResidue, "a_block_with_applied_restores_after_an_error"),
+        (SharesHooksOfWhatItCalls, "hooks_survive_apply_and_revert"),
+        (LosesHooks, "hooks_survive_apply_and_revert"),
+        (MovesHooks, "hook_handles_work_while_applied"),
+        (IgnoresModes, "a_mode_set_while_applied_is_kept_by_revert"),
+        (DiffersWhenCopied, "copies_of_the_applied_model_compute_the_same"),
+        (DiffersWhenPickled, "copies_of_the_applied_model_compute_the_same"),
+        (IsNoIdentity, "output_at_init_is_as_declared"),
+    ],
+)
+def test_a_bad_operation_fails(operation, expected):
+    assert expected in failing(operation)
+
+
+def test_a_suite_whose_rules_claim_nothing_fails():
+    rules = [Rule(operation="gate", select="zzz", optional=True)]
+
+    assert "the_document_survives_json" in failing(Gate, rules=lambda _self: rules)
+
+
+def test_a_suite_whose_aliased_model_has_no_aliases_fails():
+    found = failing(Gate, make_aliased_model=lambda _self: Net())
+
+    assert found == {"aliases_are_replaced_together"}
+
+
+def test_faults_are_injected_at_one_write():
+    on_write = failing_at(1)
+
+    on_write(0, nn.Parameter(torch.zeros(1)))
+    with pytest.raises(InjectedError) as caught:
+        on_write(1, nn.Parameter(torch.zeros(1)))
+
+    assert str(caught.value) == "Write 1 at 'a parameter' fails on purpose."
