@@ -1,0 +1,76 @@
+"""The plugin runs the contract suite of the core, in every family and both kinds of gate."""
+
+import pytest
+from support.families import CLASSES, Shape, build, tokens
+from surgery_adaption_prompt import AdaptionPromptOperation, plugin
+
+from surgery_core import Rule, Session
+from surgery_core.testing import OperationContract
+
+
+class _AdaptionPromptContract(OperationContract):
+    """What all the cases below share."""
+
+    identity_at_init = True
+    family = "llama"
+    gate = "layer"
+
+    def session(self):
+        return Session([plugin], discover=False)
+
+    def make_model(self):
+        return build(self.family, Shape(attention_bias=True))
+
+    def rules(self):
+        options = {"adapter_len": 3, "adapter_layers": 2, "gate": self.gate}
+        return [Rule(operation="adaption_prompt", options=options)]
+
+    def run(self, model):
+        return model(tokens()).logits
+
+
+class TestLayerGates(_AdaptionPromptContract):
+    """One gate a layer."""
+
+
+class TestHeadGates(_AdaptionPromptContract):
+    """One gate a head, in a family with a query norm and its own scale."""
+
+    family = "gemma3"
+    gate = "head"
+
+
+class TestFusedProjection(_AdaptionPromptContract):
+    """Keys and values from a fused projection."""
+
+    family = "phi3"
+
+
+def test_the_operation_is_offered_by_name():
+    session = Session([plugin], discover=False)
+
+    assert isinstance(session.plugins.operation("adaption_prompt"), AdaptionPromptOperation)
+
+
+def test_the_installed_plugin_is_found():
+    """Discovery makes the operation nameable, under the distribution's name."""
+    infos = {info.name: info for info in Session().plugins.infos}
+
+    info = infos["adaption_prompt"]
+    assert info.error is None
+    assert ("adaption_prompt",) == info.operations
+    assert info.distribution.startswith("surgery-adaption-prompt ")
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_a_folder_is_planned_without_its_weights(tmp_path, family):
+    build(family).config.save_pretrained(tmp_path)
+
+    model = Session([plugin], discover=False).plugins.load_skeleton(str(tmp_path))
+
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert CLASSES[family][1] == type(model).__name__
+
+
+def test_another_source_is_left_to_other_plugins(tmp_path):
+    assert Session([plugin], discover=False).plugins.load_skeleton(str(tmp_path)) is None

@@ -1,0 +1,96 @@
+"""Every Python block of README and docs runs, and every example in a docstring is true."""
+
+import contextlib
+import doctest
+import importlib
+import pkgutil
+import re
+import sys
+import types
+import unittest
+from pathlib import Path
+
+import pytest
+import surgery_adaption_prompt
+
+import surgery_core
+from surgery_core.testing import OperationContract
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MODULES = [
+    name
+    for package in (surgery_core, surgery_adaption_prompt)
+    for _, name, _ in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+]
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p, "python")], ids=lambda page: page.name
+)
+def test_python_blocks_run(page, tmp_path, monkeypatch, capsys):
+    """The blocks of a page run one after the other; what they print is on the page."""
+    monkeypatch.chdir(tmp_path)
+    # A module, so that what a page defines can be pickled.
+    module = types.ModuleType("example")
+    monkeypatch.setitem(sys.modules, "example", module)
+    namespace = vars(module)
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), namespace)  # noqa: S102 (our own pages)
+
+    printed = capsys.readouterr().out
+    assert not printed or printed in blocks(page, "text")
+    for suite in _contract_suites(namespace):
+        assert _run_contract(suite) > 10
+
+
+def _run_contract(suite):
+    """Run a suite's tests and return how many were not skipped."""
+    done = 0
+    for name in dir(suite):
+        if name.startswith("test_"):
+            with contextlib.suppress(unittest.SkipTest):
+                getattr(suite(), name)()
+                done += 1
+    return done
+
+
+def _contract_suites(namespace):
+    return [
+        value
+        for value in namespace.values()
+        if isinstance(value, type)
+        and issubclass(value, OperationContract)
+        and value is not OperationContract
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_are_true(name):
+    module = importlib.import_module(name)
+
+    result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+
+    assert 0 == result.failed
+
+
+def test_there_are_examples_to_run():
+    finder = doctest.DocTestFinder()
+    found = [
+        test
+        for name in MODULES
+        for test in finder.find(importlib.import_module(name))
+        if test.examples
+    ]
+
+    assert len(found) > 8
