@@ -1,0 +1,70 @@
+PYTHON ?= python3
+BIN := .venv/bin
+TORCH := 'torch==2.13.0'
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@echo 'make demo       adapt, train, swap, save and revert SmolLM2-135M (about six minutes)'
+	@echo 'make test       every test, and the core alone from its wheel'
+	@echo 'make test-fast  the tests that take less than a second each'
+	@echo 'make lint types bench clean'
+
+# torch first and pinned, so that nothing else chooses its version.
+.venv/.torch:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	touch $@
+
+.venv/.demo: .venv/.torch demo/requirements.txt pyproject.toml plugins/adaption_prompt/pyproject.toml
+	$(BIN)/python -m pip install --quiet -e . -e plugins/adaption_prompt -r demo/requirements.txt
+	touch $@
+
+.venv/.test: .venv/.demo tests/requirements.txt
+	$(BIN)/python -m pip install --quiet -r tests/requirements.txt
+	touch $@
+
+.PHONY: demo
+demo: .venv/.demo
+	$(BIN)/python demo/run.py
+
+.PHONY: test
+test: test-core-alone .venv/.test
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered --cov-fail-under=98
+
+.PHONY: test-fast
+test-fast: .venv/.test
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+# The core from its built wheel, in an environment that has neither plugin nor transformers.
+.PHONY: test-core-alone
+test-core-alone: .venv-core/.torch
+	rm -rf dist
+	.venv-core/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist . ./plugins/adaption_prompt
+	.venv-core/bin/python -m pip install --quiet --force-reinstall --no-deps dist/surgery_core-*.whl
+	cd tests && ../.venv-core/bin/python -m pytest -n 2 core property/test_core_*.py
+
+.venv-core/.torch: tests/requirements-core.txt pyproject.toml
+	$(PYTHON) -m venv .venv-core
+	.venv-core/bin/python -m pip install --quiet $(TORCH)
+	.venv-core/bin/python -m pip install --quiet -r tests/requirements-core.txt
+	touch $@
+
+.PHONY: lint
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+.PHONY: types
+types: .venv/.test
+	$(BIN)/mypy
+
+.PHONY: bench
+bench: .venv/.test
+	$(BIN)/python benchmarks/bench.py --out benchmarks/results/cpu.md
+
+.PHONY: clean
+clean:
+	rm -rf .venv .venv-core dist build
