@@ -32,9 +32,15 @@ class CarryOver:
         fqn: Where.
         hooks: `"none"`, `"shared"` (both modules use the same tables, so handles keep working),
             `"kept"` (they stay on the original, which the replacement calls), or `"merged"` (copied
-            in front of hooks the replacement brought; handles reach the original only).
+            in front of hooks the replacement brought; handles reach the original only). A hook
+            registered on a replacement whose hooks are not shared goes to the original at revert,
+            where its handle no longer reaches it.
         training: Mode given to the replacement's own modules.
+        devices: Devices of the tensors added, sorted names.
         dtypes: Dtypes of the tensors added, sorted names.
+        num_trainable: How many of the values added have `requires_grad`.
+        attributes_dropped: Plain attributes of the original that the replacement has not, sorted;
+            what reads them finds them again after revert.
         ties_broken: FQNs elsewhere in the model of tensors that were shared with the replaced
             module and are not part of the replacement.
     """
@@ -42,8 +48,25 @@ class CarryOver:
     fqn: str
     hooks: str
     training: bool
+    devices: tuple[str, ...]
     dtypes: tuple[str, ...]
+    num_trainable: int
+    attributes_dropped: tuple[str, ...]
     ties_broken: tuple[str, ...]
+
+    def render(self) -> str:
+        """Write it on one line."""
+        parts = [
+            f"hooks {self.hooks}",
+            "train" if self.training else "eval",
+            f"{self.num_trainable:,} trainable",
+            f"{'/'.join(self.dtypes) or 'nothing'} on {'/'.join(self.devices) or 'no device'}",
+        ]
+        if self.attributes_dropped:
+            parts.append(f"dropped attributes {listed(self.attributes_dropped)}")
+        if self.ties_broken:
+            parts.append(f"broke ties with {listed(self.ties_broken)}")
+        return f"{self.fqn or '(root)'}: {', '.join(parts)}"
 
 
 def carry_over(
@@ -81,6 +104,9 @@ def carry_over(
         fqn=fqn,
         hooks="kept" if id(old) in {id(m) for m in new.modules()} else _carry_hooks(old, new),
         training=old.training,
+        devices=tuple(sorted({str(tensor.device) for tensor in added})),
+        num_trainable=sum(tensor.numel() for tensor in added if tensor.requires_grad),
+        attributes_dropped=tuple(sorted(vars(old).keys() - vars(new).keys())),
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in added})),
         ties_broken=tuple(
             other

@@ -171,6 +171,10 @@ class Surgery:
                     return slot.container.module
         return self.plan.model
 
+    def report(self) -> str:
+        """Write what each replacement took over from its original, one line a module."""
+        return "\n".join(item.carry_over.render() for item in self.replacements)
+
     def revert(self, *, on_write: OnWrite | None = None) -> nn.Module:
         """Put every original back, or change nothing and raise.
 

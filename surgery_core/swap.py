@@ -41,6 +41,9 @@ class SwapState(nn.Module):
     otherwise when they are next put in the model, from what became of the originals. Originals that
     the active variant does not hold follow it when they are put back.
 
+    A hook registered on a module of the active variant stays with that module, unless it shares the
+    hook tables of its original: then it stays with the place.
+
     Args:
         model: The model whose modules are swapped; not owned, not registered.
         on_write: Told of every write to the model before it happens; an error it raises rolls back.

@@ -195,3 +195,11 @@ def test_one_attention_under_two_names_is_one_layer(session):
         edit.fqn for edit in plan.document.edits
     ]
     assert model.model.layers[0].self_attn is model.model.layers[1].self_attn
+
+
+def test_the_report_says_that_everything_went_over(session):
+    surgery = session.plan(build(), [rule(adapter_layers=1)]).apply()
+
+    assert surgery.report() == (
+        "model.layers.2.self_attn: hooks shared, eval, 97 trainable, float32 on cpu"
+    )

@@ -3,6 +3,7 @@
 import pytest
 from support.families import CLASSES, Shape, build, tokens
 from surgery_adaption_prompt import AdaptionPromptOperation, plugin
+from torch import nn
 
 from surgery_core import Rule, Session
 from surgery_core.testing import OperationContract
@@ -20,6 +21,10 @@ class _AdaptionPromptContract(OperationContract):
 
     def make_model(self):
         return build(self.family, Shape(attention_bias=True))
+
+    def make_aliased_model(self):
+        model = self.make_model()
+        return nn.ModuleDict({"first": model, "second": model})
 
     def rules(self):
         options = {"adapter_len": 3, "adapter_layers": 2, "gate": self.gate}

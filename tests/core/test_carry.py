@@ -240,3 +240,28 @@ def test_a_backward_hook_that_stays_behind_leaves_no_trace():
     hand_over(new, old, known=hook_ids(new))
 
     assert old._is_full_backward_hook is None
+
+
+def test_the_report_says_what_was_added_dropped_and_broken():
+    old, new = nn.Linear(2, 2), nn.Identity()
+    old.note = "mine"
+    new.scale = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    new.shift = nn.Parameter(torch.zeros(2), requires_grad=False)
+    owners = {id(old.weight): ["a.weight", "b.weight"]}
+
+    report = carry(old, new, owners=owners)
+
+    assert report.num_trainable == 3
+    assert report.attributes_dropped == ("in_features", "note", "out_features")
+    assert report.render() == (
+        "a: hooks none, train, 3 trainable, float32/float64 on cpu, dropped attributes "
+        "'in_features', 'note', 'out_features', broke ties with 'b.weight'"
+    )
+
+
+def test_the_report_on_a_root_that_adds_nothing_is_short():
+    report = carry(nn.ReLU(), nn.Tanh().eval(), fqns=("",))
+
+    assert report.render() == (
+        "(root): hooks none, train, 0 trainable, nothing on no device, dropped attributes 'inplace'"
+    )
