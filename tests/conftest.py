@@ -21,7 +21,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile(
-    "ci",
+    "thorough",
     parent=settings.get_profile("default"),
     max_examples=400,
     stateful_step_count=50,

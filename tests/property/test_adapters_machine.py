@@ -272,5 +272,5 @@ class AdaptersMachine(RuleBasedStateMachine):
 
 
 TestAdapters = AdaptersMachine.TestCase
-TestAdapters.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestAdapters.settings = settings(stateful_step_count=30)
 TestAdapters.pytestmark = [pytest.mark.slow]

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.families import CLASSES, build, open_gates_, tokens
 from surgery_adaption_prompt import AdaptedAttention, plugin
@@ -72,7 +72,6 @@ EVENTS = {
     layers=st.integers(1, 3),
     gate=st.sampled_from(["layer", "head"]),
 )
-@settings(max_examples=10)
 def test_revert_after_anything(family, events, layers, gate):
     model = build(family)
     modules = [(name, id(module)) for name, module in model.named_modules()]
