@@ -6,7 +6,7 @@ TORCH := 'torch==2.13.0'
 
 .PHONY: help
 help:
-	@echo 'make demo       adapt, train, swap, save and revert SmolLM2-135M (about six minutes)'
+	@echo 'make demo       adapt, train, swap, save and revert SmolLM2-135M (about five minutes)'
 	@echo 'make test       every test, and the core alone from its wheel'
 	@echo 'make test-fast  the tests that take less than a second each'
 	@echo 'make test-thorough  the property tests with ten times as many examples'
