@@ -277,8 +277,7 @@ class AdaptionPromptModel(nn.Module):
         Raises:
             SurgeryError: The folder cannot be read, or does not fit this model; nothing was added.
         """
-        state = load_state(model_id)
-        config = replace(load_config(model_id), inference_mode=not is_trainable)
+        config, state = _read_folder(model_id, is_trainable=is_trainable)
         self._add(adapter_name, config, state)
         if self.swap_state.selected is None:
             self.swap_state.set(adapter_name)
@@ -303,8 +302,7 @@ class AdaptionPromptModel(nn.Module):
         Raises:
             SurgeryError: The folder cannot be read, or does not fit the model; it is unchanged.
         """
-        state = load_state(model_id)
-        config = replace(load_config(model_id), inference_mode=not is_trainable)
+        config, state = _read_folder(model_id, is_trainable=is_trainable)
         adapted = cls(model, {adapter_name: config}, adapter_name)
         try:
             load_state_(adapted.adapter_modules(adapter_name), state)
@@ -328,6 +326,13 @@ class AdaptionPromptModel(nn.Module):
             self.swap_state.delete(name)
             raise
         self.peft_config[name] = config
+
+
+def _read_folder(
+    folder: str | os.PathLike[str], *, is_trainable: bool
+) -> tuple[AdaptionPromptConfig, dict[str, Tensor]]:
+    config = replace(load_config(folder), inference_mode=not is_trainable)
+    return config, load_state(folder)
 
 
 def _check_name(name: str) -> None:
