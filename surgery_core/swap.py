@@ -1,6 +1,7 @@
 """Named variants over one set of slots: which one is in the model, and where the others are kept."""
 
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -224,8 +225,11 @@ class SwapState(nn.Module):
     def _check_built(self, name: str, replacements: Iterable[Replacement]) -> None:
         """Refuse replacements that took in a module of the active variant, which leaves with it."""
         originals = self.originals()
+        roots = (*self._model, *originals.values())
+        # Where a table of children belongs to the base, the active module in it is exchanged later.
+        live = {id(found._modules) for root in roots for found in root.modules()}  # noqa: SLF001 (torch's registry)
         for item in replacements:
-            held = [module for module in item.module.modules() if id(module) in originals]
+            held = [child for child in _own_children(item.module, live) if id(child) in originals]
             if held:
                 msg = (
                     f"Replacement for variant {name!r} at {item.site.fqn!r} holds a module of the "
@@ -300,6 +304,15 @@ class SwapState(nn.Module):
             reason = "is taken" if name else "is empty"
             msg = f"Variant name {name!r} {reason}: there are {listed(self.names)}. Choose another."
             raise VariantError(msg)
+
+
+def _own_children(module: nn.Module, live: AbstractSet[int]) -> Iterator[nn.Module]:
+    """Yield the children in tables that are not `live`, from a new module downwards."""
+    if id(module._modules) in live:  # noqa: SLF001 (torch's registry)
+        return
+    for child in module.children():
+        yield child
+        yield from _own_children(child, live)
 
 
 def _to(tensor: torch.Tensor, *, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:

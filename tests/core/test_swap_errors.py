@@ -4,7 +4,7 @@ import copy
 
 import pytest
 from core.toys import Net, ToyOperation, session
-from core.variants import gates, plan, state_of, three_variants
+from core.variants import gate_values, gates, plan, state_of, three_variants
 from torch import nn
 
 from surgery_core import DriftError, Effects, Exact, Rule, Session, VariantError, hookimpl
@@ -154,6 +154,7 @@ class Copy(ToyOperation):
     """Replace a block by one that holds the same children."""
 
     name = "copy"
+    known = frozenset({"shared"})
 
     def targets(self, _tree, _options):
         return Exact("layers.0")
@@ -161,8 +162,11 @@ class Copy(ToyOperation):
     def describe(self, _site, _options):
         return Effects()
 
-    def build(self, site, _options):
-        return copy.copy(site.module)
+    def build(self, site, options):
+        copied = copy.copy(site.module)
+        if not options.get("shared"):
+            vars(copied)["_modules"] = dict(site.module._modules)
+        return copied
 
 
 class CopyPlugin:
@@ -191,3 +195,16 @@ def test_a_replacement_that_took_in_an_active_module_is_refused():
     assert state == state_of(swap)
     swap.disable()
     swap.add("d", copied)
+
+
+def test_a_replacement_that_shares_the_bases_table_of_children_may_be_added():
+    """What leaves the original's table leaves the replacement's, which is the same."""
+    model, swap = three_variants()
+    swap.set("a")
+    rule = Rule(operation="copy", options={"shared": True})
+    copied = Session([CopyPlugin()], discover=False).plan(model, [rule], beneath=swap)
+
+    swap.add("d", copied)
+    swap.set("d")
+
+    assert gate_values(model) == {}
