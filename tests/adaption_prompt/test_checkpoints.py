@@ -1,6 +1,7 @@
 """Folders: what is refused, that nothing is half loaded, and that nothing is half written."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -200,3 +201,33 @@ def test_the_folder_is_written_as_peft_writes_it(folder):
         name: tuple(tensor.shape)
         for name, tensor in load_file(folder / "adapter_model.safetensors").items()
     }.items()
+
+
+def test_one_adapter_that_cannot_be_saved_keeps_all_from_being_written(model, tmp_path):
+    model.add_adapter("bad", CONFIG)
+    with torch.no_grad():
+        for module in model.adapter_modules("bad").values():
+            module.adaption_gate.fill_(float("inf"))
+
+    with pytest.raises(StateError):
+        model.save_pretrained(tmp_path / "new")
+
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_name_of_the_base_is_written_unless_the_configuration_has_one(tmp_path):
+    base = build()
+    base.config.name_or_path = "some/base"
+    configs = {
+        "default": CONFIG,
+        "own": replace(CONFIG, base_model_name_or_path="another/base"),
+    }
+    AdaptionPromptModel(base, configs, "own").save_pretrained(tmp_path)
+
+    names = [
+        json.loads((tmp_path / folder / "adapter_config.json").read_text())[
+            "base_model_name_or_path"
+        ]
+        for folder in ("", "own")
+    ]
+    assert ["some/base", "another/base"] == names

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from core.toys import Gated, Net, Shifted, example, session
+from core.variants import gates, plan
 from torch import nn
 
 from surgery_core import Rule, SwapState
@@ -197,3 +198,23 @@ def test_hooks_on_the_base_fire_under_every_variant(operation):
     model(example())
 
     assert len(calls) == 3
+
+
+class Hollow(nn.Module):
+    """A module without parameters of its own, and with a child that is None."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_module("extra", None)
+        self.inner = nn.Linear(2, 2)
+
+
+def test_a_child_that_is_none_does_not_hide_where_a_module_is():
+    model = nn.Sequential(Hollow())
+    swap = SwapState(model)
+    swap.add("a", plan(swap, model, gates("0", anything=True)))
+
+    model.double()
+    swap.set("a")
+
+    assert model[0].gate.dtype is torch.float64

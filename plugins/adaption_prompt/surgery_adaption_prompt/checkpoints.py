@@ -82,13 +82,7 @@ def save_adapter(
     Raises:
         StateError: A value is not finite.
     """
-    bad = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        msg = (
-            f"Adapter is not saved: expected finite values, got others in {listed(sorted(bad))}. "
-            "Training diverged; go back to an earlier state."
-        )
-        raise StateError(msg, mismatched=[f"{name}: not finite" for name in bad])
+    check_finite(state)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     values = {**config.to_mapping(), "inference_mode": True}
@@ -102,6 +96,21 @@ def save_adapter(
     finally:
         for path in staged.values():
             path.unlink(missing_ok=True)
+
+
+def check_finite(state: Mapping[str, Tensor]) -> None:
+    """Refuse to save an adapter with values that are not finite.
+
+    Raises:
+        StateError: There are such values.
+    """
+    bad = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        msg = (
+            f"Adapter is not saved: expected finite values, got others in {listed(sorted(bad))}. "
+            "Training diverged; go back to an earlier state."
+        )
+        raise StateError(msg, mismatched=[f"{name}: not finite" for name in bad])
 
 
 def load_config(folder: str | os.PathLike[str]) -> AdaptionPromptConfig:

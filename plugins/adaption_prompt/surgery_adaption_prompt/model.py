@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from surgery_adaption_prompt.attention import AdaptedAttention
 from surgery_adaption_prompt.checkpoints import (
     adapter_state,
+    check_finite,
     load_config,
     load_state,
     load_state_,
@@ -249,10 +250,12 @@ class AdaptionPromptModel(nn.Module):
 
         Raises:
             VariantError: There is no such adapter; nothing was written.
-            StateError: An adapter has values that are not finite.
+            StateError: An adapter has values that are not finite; nothing was written.
         """
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         states = {name: adapter_state(self.adapter_modules(name)) for name in names}
+        for state in states.values():
+            check_finite(state)
         for name, state in states.items():
             folder = Path(save_directory) / ("" if name == DEFAULT_ADAPTER else name)
             config = self.peft_config[name]
