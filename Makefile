@@ -10,7 +10,7 @@ help:
 	@echo 'make test       every test, and the core alone from its wheel'
 	@echo 'make test-fast  the tests that take less than a second each'
 	@echo 'make test-thorough  the property tests with ten times as many examples'
-	@echo 'make lint types bench clean'
+	@echo 'make lint types bench docs-tables clean'
 
 # torch first and pinned, so that nothing else chooses its version.
 .venv/.torch:
@@ -66,6 +66,10 @@ lint: .venv/.test
 .PHONY: types
 types: .venv/.test
 	$(BIN)/mypy
+
+.PHONY: docs-tables
+docs-tables: .venv/.test
+	$(BIN)/python docs/make_tables.py
 
 .PHONY: bench
 bench: .venv/.test

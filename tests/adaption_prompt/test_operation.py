@@ -178,7 +178,7 @@ def test_unknown_projections_are_refused(session):
 
     assert str(caught.value) == (
         "Operation 'adaption_prompt' cannot work at 'model.layers.2.self_attn': expected "
-        "projections named k_proj and v_proj, got LlamaAttention with 'q_proj', 'v_proj', "
+        "projections named k_proj and v_proj, or key and value, got LlamaAttention with 'q_proj', 'v_proj', "
         "'o_proj', 'keys'. This architecture is not supported."
     )
 

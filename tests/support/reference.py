@@ -46,7 +46,22 @@ def kv_weights(attention):
         sizes = [config.num_attention_heads, *[config.num_key_value_heads] * 2]
         _, key, value = children["qkv_proj"].weight.split([n * attention.head_dim for n in sizes])
         return key, None, value, None
-    key, value = children["k_proj"], children["v_proj"]
+    if "c_attn" in children:
+        # A Conv1D: its weight is the transpose of a linear layer's.
+        fused = children["c_attn"]
+        (_, key, value), (_, key_bias, value_bias) = fused.weight.T.chunk(3), fused.bias.chunk(3)
+        return key, key_bias, value, value_bias
+    if "query_key_value" in children:
+        fused = children["query_key_value"]
+        heads, width = attention.config.num_attention_heads, fused.weight.shape[0] // 3
+        weight = fused.weight.view(heads, 3, width // heads, -1)
+        bias = fused.bias.view(heads, 3, width // heads)
+        rows = [weight[:, i].reshape(width, -1) for i in (1, 2)]
+        offsets = [bias[:, i].reshape(width) for i in (1, 2)]
+        return rows[0], offsets[0], rows[1], offsets[1]
+    names = ("k_proj", "v_proj") if "k_proj" in children else ("key", "value")
+    # Moshi keeps its linear layers one level further down.
+    key, value = (getattr(children[name], "linear", children[name]) for name in names)
     return key.weight, key.bias, value.weight, value.bias
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from surgery_core import ContractError, listed
 
 SEAM_KEY = "surgery_adaption_prompt"
 """Name of our function among transformers' attention functions."""
+
+T = TypeVar("T")
 
 _TABLE = "ALL_ATTENTION_FUNCTIONS"
 _EAGER = "eager_attention_forward"
@@ -46,24 +48,52 @@ class SeparateProjections:
 class FusedProjection:
     """Queries, keys and values come from one projection, one after the other, as in Phi-3."""
 
-    name: str = "qkv_proj"
+    name: str
 
     def __call__(self, attention: nn.Module, prompt: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of the prompt, `(1, prompt_len, kv_heads * head_dim)`."""
+        fused = attention.get_submodule(self.name)(prompt)
         config = _config_of(attention)
-        head_dim: int = cast("Any", attention).head_dim
-        queries = config.num_attention_heads * head_dim
-        keys = config.num_key_value_heads * head_dim
-        _, key, value = attention.get_submodule(self.name)(prompt).split(
-            [queries, keys, keys], dim=-1
-        )
+        heads = config.num_attention_heads
+        # Not every configuration knows of grouped heads; without them there are as many as queries.
+        kv_heads = getattr(config, "num_key_value_heads", heads)
+        keys = fused.shape[-1] // (heads + 2 * kv_heads) * kv_heads
+        key, value = fused[..., -2 * keys :].chunk(2, dim=-1)
         return key, value
 
 
-Projections = SeparateProjections | FusedProjection
+@dataclass(frozen=True)
+class InterleavedProjection:
+    """Each head's query, key and value come one after the other, as in GPT-NeoX."""
 
-FUSED_CLASSES: Mapping[str, Projections] = {"Phi3Attention": FusedProjection("qkv_proj")}
+    name: str
+
+    def __call__(self, attention: nn.Module, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the prompt, `(1, prompt_len, heads * head_dim)`."""
+        fused = attention.get_submodule(self.name)(prompt)
+        heads = _config_of(attention).num_attention_heads
+        # Seen as (1, prompt_len, heads, 3, head_dim).
+        _, key, value = fused.view(1, prompt.shape[1], heads, 3, -1).unbind(dim=3)
+        return key.flatten(2), value.flatten(2)
+
+
+Projections = SeparateProjections | FusedProjection | InterleavedProjection
+
+KNOWN_CLASSES: Mapping[str, Projections] = {
+    "GPT2Attention": FusedProjection("c_attn"),
+    "GPTNeoXAttention": InterleavedProjection("query_key_value"),
+    "PersimmonAttention": InterleavedProjection("query_key_value"),
+    "Phi3Attention": FusedProjection("qkv_proj"),
+    "Phi4MultimodalAttention": FusedProjection("qkv_proj"),
+}
 """Attention classes, by name, whose keys and values come from a fused projection we know."""
+
+REFUSED_CLASSES: Mapping[str, str] = {
+    "DiffLlamaAttention": "calls its attention function twice, with parts of the values",
+    "HrmTextAttention": "runs several times in one pass",
+    "MllamaTextCrossAttention": "attends to images, not to the text",
+}
+"""Attention classes, by name, for which the method is not defined, and why."""
 
 
 @dataclass(frozen=True)
@@ -110,29 +140,34 @@ class TransformersAttention:
         function = self.functions.get_interface(cast("str", name), self.eager)
         return cast("Callable[..., tuple[Tensor, Tensor | None]]", function)
 
-    def project(self, attention: nn.Module, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of a prompt, each `(kv_heads, prompt_len, head_dim)`.
+    def project(
+        self, attention: nn.Module, prompt: Tensor, *, head_dim: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return keys `(kv_heads, prompt_len, head_dim)` and values of a prompt.
 
         The base's key norm is not applied, as in the paper and litgpt.
         """
-        head_dim: int = cast("Any", attention).head_dim
         key, value = self.projections(attention, prompt)
         # (1, prompt_len, kv_heads * head_dim) -> (kv_heads, prompt_len, head_dim)
-        return (
-            key.view(prompt.shape[1], -1, head_dim).transpose(0, 1),
-            value.view(prompt.shape[1], -1, head_dim).transpose(0, 1),
-        )
+        key = key.view(prompt.shape[1], -1, head_dim).transpose(0, 1)
+        # As many heads as the keys; their size may be another.
+        return key, value.view(prompt.shape[1], len(key), -1).transpose(0, 1)
 
     def sizes(self, base: nn.Module) -> tuple[int, int]:
         """Return the hidden size and the number of attention heads."""
         config = _config_of(base)
-        return config.hidden_size, config.num_attention_heads
+        # Some models have layers of another width, or number of heads, than the configuration says.
+        width = config.hidden_size
+        if isinstance(self.projections, SeparateProjections):
+            width = getattr(base.get_submodule(self.projections.key), "in_features", width)
+        return width, getattr(base, "num_heads", config.num_attention_heads)
 
 
 def attention_modules(tree: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Return the decoder self-attention modules of a tree by FQN, lowest layer first.
 
-    A module counts when its code asks transformers' attention interface and it has a layer index.
+    A module counts when its code asks transformers' attention interface, it has a layer index, and
+    it does not say that it is not causal, as attention to an encoder does.
     """
     # By identity: a module with two FQNs is one layer, under the first of them.
     first = {id(module): fqn for fqn, module in reversed(list(tree.items()))}
@@ -142,6 +177,7 @@ def attention_modules(tree: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         if first[id(module)] == fqn
         and isinstance(getattr(module, "config", None), PretrainedConfig)
         and isinstance(getattr(module, "layer_idx", None), int)
+        and getattr(module, "is_causal", True)
         and _uses_interface(type(module))
     }
     return dict(sorted(found.items(), key=lambda item: cast("Any", item[1]).layer_idx))
@@ -163,10 +199,14 @@ def architecture_of(module: nn.Module, *, fqn: str) -> TransformersAttention:
     if "forward" in vars(module):
         _refuse(fqn, "a module with its class's own forward", f"{name} with a patched forward",
                 "Remove what patched it (accelerate's dispatch hooks, for example) first.")  # fmt: skip
+    reason = _known(type(module), REFUSED_CLASSES)
+    if reason is not None:
+        _refuse(fqn, "one attention to the text for each pass", f"{name}, which {reason}",
+                "This architecture is not supported.")  # fmt: skip
     projections = _projections(module)
     if projections is None:
         children = [child for child, _ in module.named_children()]
-        _refuse(fqn, "projections named k_proj and v_proj", f"{name} with {listed(children)}",
+        _refuse(fqn, "projections named k_proj and v_proj, or key and value", f"{name} with {listed(children)}",
                 "This architecture is not supported.")  # fmt: skip
     return TransformersAttention.of_class(type(module), cast("Projections", projections))
 
@@ -213,11 +253,19 @@ def _view_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]:
 
 
 def _projections(module: nn.Module) -> Projections | None:
-    for cls in type(module).__mro__:
-        if cls.__name__ in FUSED_CLASSES:
-            return FUSED_CLASSES[cls.__name__]
+    known = _known(type(module), KNOWN_CLASSES)
+    if known is not None:
+        return known
     children = dict(module.named_children())
-    return SeparateProjections() if {"k_proj", "v_proj"} <= children.keys() else None
+    for key, value in (("k_proj", "v_proj"), ("key", "value")):
+        if {key, value} <= children.keys():
+            return SeparateProjections(key, value)
+    return None
+
+
+def _known(cls: type, table: Mapping[str, T]) -> T | None:
+    """Look up a class by its name or that of a class it derives from."""
+    return next((table[base.__name__] for base in cls.__mro__ if base.__name__ in table), None)
 
 
 def _uses_interface(cls: type[nn.Module]) -> bool:

@@ -20,12 +20,15 @@ class AttentionArchitecture(Protocol):
     def seam_config(self, base: nn.Module) -> object:
         """Return a configuration under which the module hands its query to `add_prompt`."""
 
-    def project(self, attention: nn.Module, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of a prompt, each `(kv_heads, prompt_len, head_dim)`.
+    def project(
+        self, attention: nn.Module, prompt: Tensor, *, head_dim: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return keys of a prompt, `(kv_heads, prompt_len, head_dim)`, and values.
 
         Args:
             attention: The module, whose own projections are called.
             prompt: `(1, prompt_len, hidden)`.
+            head_dim: Of the query.
         """
 
     def sizes(self, base: nn.Module) -> tuple[int, int]:
@@ -66,7 +69,7 @@ class AdaptedAttention(nn.Module):
         """
         # The projections take the base's dtype; the parameters may be kept in a wider one.
         prompt = self.adaption_prompt.to(query.dtype)
-        key, value = self.architecture.project(self, prompt)
+        key, value = self.architecture.project(self, prompt, head_dim=query.shape[-1])
         gate = activate_gate(self.adaption_gate, self.adaption_config.gate_activation)
         term = gated_prompt_attention(query, key, value, gate, scaling=scaling)
         # Attention functions may return another dtype than the query's (float32 under autocast).
