@@ -70,6 +70,7 @@ types: .venv/.test
 .PHONY: docs-tables
 docs-tables: .venv/.test
 	$(BIN)/python docs/make_tables.py
+	$(BIN)/python docs/make_peft_tables.py
 
 .PHONY: bench
 bench: .venv/.test

@@ -161,12 +161,13 @@ def _carry_hooks(old: nn.Module, new: nn.Module) -> str:
     )
     outcome = "shared" if any(given[table] for table in HOOK_TABLES) else "none"
     for table in HOOK_TABLES:
-        if state[table] and given[table]:
-            own = dict(state[table])
+        # A copy of the original brought copies of its hooks, under their ids: they are not its own.
+        own = {key: hook for key, hook in state[table].items() if key not in given[table]}
+        if own and given[table]:
             state[table].clear()
             state[table].update({**given[table], **own})
             outcome = "merged"
-        elif not state[table]:
+        elif not own:
             # The very table: a handle removes its hook from both, and a hook registered on the
             # replacement is still there when the original returns.
             state[table] = given[table]

@@ -85,14 +85,14 @@ def test_all_problems_are_named_and_nothing_is_loaded(model):
     assert caught.value.mismatched == (
         "model.layers.1.self_attn.adaption_prompt: expected shape (1, 3, 24), got (1, 4, 24)",
         "model.layers.2.self_attn.adaption_gate: values are not finite in torch.float32",
-        "model.layers.2.self_attn.adaption_prompt: expected floating-point values, got torch.int8",
+        "model.layers.2.self_attn.adaption_prompt: expected torch.float32 values, got torch.int8",
     )
     assert str(caught.value) == (
         "State does not fit the adapter: missing 'model.layers.1.self_attn.adaption_gate'; "
         "unexpected 'model.layers.0.self_attn.adaption_gate'; mismatched "
         "'model.layers.1.self_attn.adaption_prompt: expected shape (1, 3, 24), got (1, 4, 24)', "
         "'model.layers.2.self_attn.adaption_gate: values are not finite in torch.float32', "
-        "'model.layers.2.self_attn.adaption_prompt: expected floating-point values, got "
+        "'model.layers.2.self_attn.adaption_prompt: expected torch.float32 values, got "
         "torch.int8'. Load it with the configuration it was trained with, on the model it was "
         "trained for."
     )
@@ -186,7 +186,7 @@ def test_values_that_are_not_finite_are_not_saved(model, folder):
 
 
 def test_no_temporary_files_are_left(folder):
-    assert ["adapter_config.json", "adapter_model.safetensors"] == sorted(
+    assert ["adapter_config.json", "adapter_model.safetensors", "base_fingerprint.json"] == sorted(
         path.name for path in folder.iterdir()
     )
 

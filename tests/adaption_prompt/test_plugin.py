@@ -63,7 +63,7 @@ def test_the_installed_plugin_is_found():
 
     info = infos["adaption_prompt"]
     assert info.error is None
-    assert ("adaption_prompt",) == info.operations
+    assert ("adaption_prompt", "trainable_copy") == info.operations
     assert info.distribution.startswith("surgery-adaption-prompt ")
 
 

@@ -1,5 +1,7 @@
 """A replacement takes over hooks and mode, says which ties it breaks, and hands hooks back."""
 
+import copy
+
 import pytest
 import torch
 from core.toys import Gated
@@ -265,3 +267,18 @@ def test_the_report_on_a_root_that_adds_nothing_is_short():
     assert report.render() == (
         "(root): hooks none, train, 0 trainable, nothing on no device, dropped attributes 'inplace'"
     )
+
+
+def test_a_copy_shares_the_hooks_it_was_copied_with():
+    """`copy.deepcopy` of the original brings copies of its hooks; a handle must reach both."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    calls = []
+    handle = model[0].register_forward_hook(lambda *_: calls.append(1))
+    old, new = model[0], copy.deepcopy(model[0])
+
+    report = carry_over(old, new, fqns=["0"], owners={})
+
+    assert "shared" == report.hooks
+    handle.remove()
+    new(torch.ones(1, 2))
+    assert [] == calls

@@ -29,6 +29,8 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
+# PEFT, which a page compares with, uses names that transformers calls old.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if blocks(p, "python")], ids=lambda page: page.name
 )
@@ -94,3 +96,12 @@ def test_there_are_examples_to_run():
     ]
 
     assert len(found) > 8
+
+
+def test_the_tables_about_peft_and_formats_are_of_the_tests(monkeypatch):
+    """`make docs-tables` would write what is in the repository."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    tables = importlib.import_module("make_peft_tables")
+
+    for name, make in (("peft-deviations.md", tables.deviations), ("formats.md", tables.formats)):
+        assert make() == (ROOT / "docs/reference" / name).read_text()

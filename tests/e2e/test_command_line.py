@@ -62,4 +62,4 @@ def test_the_plugin_is_listed():
     found = surgery("plugins", "--json")
 
     infos = {info["name"]: info for info in json.loads(found.stdout)}
-    assert ["adaption_prompt"] == infos["adaption_prompt"]["operations"]
+    assert ["adaption_prompt", "trainable_copy"] == infos["adaption_prompt"]["operations"]

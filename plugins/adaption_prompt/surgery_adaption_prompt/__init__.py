@@ -1,11 +1,14 @@
 """LLaMA-Adapter (Zhang et al. 2023, arXiv:2303.16199) as a plugin of `surgery_core`."""
 
 from surgery_adaption_prompt.attention import AdaptedAttention
+from surgery_adaption_prompt.base_check import base_fingerprint, check_base
 from surgery_adaption_prompt.checkpoints import adapter_state, load_state_
 from surgery_adaption_prompt.config import AdaptionPromptConfig
 from surgery_adaption_prompt.functional import activate_gate, gated_prompt_attention
-from surgery_adaption_prompt.model import AdaptionPromptModel
+from surgery_adaption_prompt.model import AdaptionPromptModel, get_peft_model
 from surgery_adaption_prompt.operation import AdaptionPromptOperation
+from surgery_adaption_prompt.text_init import prompts_from_text
+from surgery_adaption_prompt.trainable_copy import TrainableCopyOperation
 
 __version__ = "0.1.0.dev0"
 
@@ -14,8 +17,13 @@ __all__ = [
     "AdaptionPromptConfig",
     "AdaptionPromptModel",
     "AdaptionPromptOperation",
+    "TrainableCopyOperation",
     "activate_gate",
     "adapter_state",
+    "base_fingerprint",
+    "check_base",
     "gated_prompt_attention",
+    "get_peft_model",
     "load_state_",
+    "prompts_from_text",
 ]

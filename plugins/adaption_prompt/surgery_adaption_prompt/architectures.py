@@ -6,6 +6,7 @@ rotated, to the function found in `ALL_ATTENTION_FUNCTIONS` under
 names our function there. Ours calls the base's and adds the prompt's term.
 """
 
+import dis
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.integrations.peft import PeftAdapterMixin
 
-from surgery_adaption_prompt.attention import AdaptedAttention
+from surgery_adaption_prompt.attention import TERMS, AdaptedAttention
 from surgery_core import ContractError, listed
 
 SEAM_KEY = "surgery_adaption_prompt"
@@ -96,6 +98,13 @@ REFUSED_CLASSES: Mapping[str, str] = {
 """Attention classes, by name, for which the method is not defined, and why."""
 
 
+NAME_READERS: Mapping[str, str] = {"GPT2Attention": "reorder_and_upcast_attn"}
+"""Attention classes that look at their attention function's name only if an attribute is true."""
+
+BASE_ADAPTER_METHODS = frozenset(name for name in vars(PeftAdapterMixin) if name[0] != "_")
+"""Methods of every transformers model that manage PEFT's adapters, not ours."""
+
+
 @dataclass(frozen=True)
 class TransformersAttention:
     """How to adapt attention modules of one class.
@@ -162,6 +171,25 @@ class TransformersAttention:
             width = getattr(base.get_submodule(self.projections.key), "in_features", width)
         return width, getattr(base, "num_heads", config.num_attention_heads)
 
+    def peft_problem(self, attention: nn.Module, *, project_output: bool) -> str | None:
+        """Return why PEFT 0.21.2 would compute something else with the same tensors, or could not.
+
+        Source: peft/tuners/adaption_prompt/config.py and layer.py.
+        """
+        name = self.attention_class.__name__
+        if name == "GPT2Attention":
+            return "PEFT adds GPT-2's term after the output projection" if project_output else None
+        if name not in {"LlamaAttention", "MistralAttention"}:
+            return f"PEFT has no adaption prompts for {name}"
+        if not project_output:
+            return f"PEFT sends the term through the output projection of {name}"
+        if cast("nn.Linear", attention.o_proj).bias is not None:
+            return "PEFT adds the output projection's bias a second time"
+        hidden, heads = self.sizes(attention)
+        if hidden != heads * cast("int", attention.head_dim):
+            return "PEFT expects num_attention_heads * head_dim to be hidden_size"
+        return None
+
 
 def attention_modules(tree: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Return the decoder self-attention modules of a tree by FQN, lowest layer first.
@@ -203,12 +231,20 @@ def architecture_of(module: nn.Module, *, fqn: str) -> TransformersAttention:
     if reason is not None:
         _refuse(fqn, "one attention to the text for each pass", f"{name}, which {reason}",
                 "This architecture is not supported.")  # fmt: skip
+    if _acts_on_name(module):
+        _refuse(fqn, "a forward that only looks its attention function up", f"{name}, which does more by that function's name",
+                "This architecture is not supported.")  # fmt: skip
     projections = _projections(module)
     if projections is None:
         children = [child for child, _ in module.named_children()]
         _refuse(fqn, "projections named k_proj and v_proj, or key and value", f"{name} with {listed(children)}",
                 "This architecture is not supported.")  # fmt: skip
     return TransformersAttention.of_class(type(module), cast("Projections", projections))
+
+
+def is_unprojected_in_peft(model: nn.Module) -> bool:
+    """Tell whether PEFT adds the terms of this model's adapters after the output projections."""
+    return any(_known(type(module), {"GPT2Attention": True}) for module in model.modules())
 
 
 def load_skeleton(source: str) -> nn.Module | None:
@@ -235,9 +271,14 @@ def _attend_with_prompt(
 ) -> tuple[Tensor, Tensor | None]:
     """Call the base's attention function, and add the prompt's term to its output."""
     architecture = cast("TransformersAttention", module.architecture)
+    terms = kwargs.pop(TERMS, None)
     output, weights = architecture.base_function(module)(
         module, query, key, value, attention_mask, **kwargs
     )
+    if terms is not None:
+        # PEFT knows only this scaling, whatever the base's own is.
+        terms.append(module.prompt_term(query, scaling=query.shape[-1] ** -0.5))
+        return output, weights
     scaling = kwargs.get("scaling")
     if scaling is None:
         # What transformers' own functions fall back to.
@@ -276,6 +317,15 @@ def _uses_interface(cls: type[nn.Module]) -> bool:
         and _TABLE in code.co_names
         and {_TABLE, _EAGER} <= forward.__globals__.keys()
     )
+
+
+def _acts_on_name(module: nn.Module) -> bool:
+    """Tell whether the module's code does by the name of its function what ours would keep from it."""
+    names = [step.argval for step in dis.get_instructions(_forward(type(module)))]
+    if names.count("_attn_implementation") == 1 and "is_flash_attention_requested" not in names:
+        return False
+    flag = _known(type(module), NAME_READERS)
+    return flag is None or bool(getattr(module, flag))
 
 
 def _forward(cls: type[nn.Module]) -> Any:  # noqa: ANN401 (a function, or what a decorator made of it)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from itertools import chain
 from typing import Any, Protocol, Self
 
 import torch
@@ -12,6 +13,8 @@ from surgery_adaption_prompt.functional import activate_gate, gated_prompt_atten
 
 PROMPT = "adaption_prompt"
 GATE = "adaption_gate"
+TERMS = "adaption_terms"
+"""Keyword by which a forward asks for its term in a list, to add it itself."""
 
 
 class AttentionArchitecture(Protocol):
@@ -33,6 +36,9 @@ class AttentionArchitecture(Protocol):
 
     def sizes(self, base: nn.Module) -> tuple[int, int]:
         """Return the hidden size and the number of attention heads."""
+
+    def peft_problem(self, attention: nn.Module, *, project_output: bool) -> str | None:
+        """Return why PEFT would compute something else with the same tensors; None if it would not."""
 
 
 class AdaptedAttention(nn.Module):
@@ -56,6 +62,22 @@ class AdaptedAttention(nn.Module):
     adaption_config: AdaptionPromptConfig
     architecture: AttentionArchitecture
 
+    def prompt_term(self, query: Tensor, *, scaling: float) -> Tensor:
+        """Return the gated attention to the prompt.
+
+        Args:
+            query: `(batch, heads, query_len, head_dim)`, as the base used it.
+            scaling: Factor on the logits, dimensionless.
+
+        Returns:
+            `(batch, query_len, heads, head_dim)`, dtype of `query`.
+        """
+        # The projections take the base's dtype; the parameters may be kept in a wider one.
+        prompt = self.adaption_prompt.to(query.dtype)
+        key, value = self.architecture.project(self, prompt, head_dim=query.shape[-1])
+        gate = activate_gate(self.adaption_gate, self.adaption_config.gate_activation)
+        return gated_prompt_attention(query, key, value, gate, scaling=scaling)
+
     def add_prompt(self, output: Tensor, query: Tensor, *, scaling: float) -> Tensor:
         """Add the prompt's term to what the base's attention function gave.
 
@@ -67,13 +89,8 @@ class AdaptedAttention(nn.Module):
         Returns:
             Same shape and dtype as `output`.
         """
-        # The projections take the base's dtype; the parameters may be kept in a wider one.
-        prompt = self.adaption_prompt.to(query.dtype)
-        key, value = self.architecture.project(self, prompt, head_dim=query.shape[-1])
-        gate = activate_gate(self.adaption_gate, self.adaption_config.gate_activation)
-        term = gated_prompt_attention(query, key, value, gate, scaling=scaling)
         # Attention functions may return another dtype than the query's (float32 under autocast).
-        return output + term.to(output.dtype)
+        return output + self.prompt_term(query, scaling=scaling).to(output.dtype)
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 (torch's signature)
         """Set the mode here and on the base, which shares everything else."""
@@ -100,6 +117,19 @@ class AdaptedAttention(nn.Module):
         return self.__reduce__()
 
 
+class UnprojectedAttention(AdaptedAttention):
+    """Adds the prompt's term after the output projection, for adapters that PEFT trained on GPT-2."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401 (the base's own signature)
+        """Run the base's forward, and add the term to its first result."""
+        terms: list[Tensor] = []
+        # The base hands what it does not know on to the attention function.
+        output, *rest = super().forward(*args, **kwargs, **{TERMS: terms})
+        (term,) = terms
+        # (batch, query_len, heads, head_dim) -> (batch, query_len, hidden)
+        return output + term.flatten(2).to(output.dtype), *rest
+
+
 def adapt(
     base: nn.Module, architecture: AttentionArchitecture, config: AdaptionPromptConfig
 ) -> AdaptedAttention:
@@ -114,11 +144,12 @@ def adapt(
         The wrapper, on the base's device, in the base's mode.
     """
     hidden, heads = architecture.sizes(base)
-    anchor = next(parameter for parameter in base.parameters())
+    # Packed quantised layers have buffers only.
+    device = next(chain(base.parameters(), base.buffers())).device
     dtype = parameter_dtype(base, config)
-    prompt = torch.empty(1, config.adapter_len, hidden, device=anchor.device, dtype=dtype)
+    prompt = torch.empty(1, config.adapter_len, hidden, device=device, dtype=dtype)
     num_gates = heads if config.gate == "head" else 1
-    gate = torch.zeros(num_gates, device=anchor.device, dtype=dtype)
+    gate = torch.zeros(num_gates, device=device, dtype=dtype)
     trainable = not config.inference_mode
     own = {
         PROMPT: nn.Parameter(prompt.normal_(), requires_grad=trainable),
@@ -143,7 +174,8 @@ def _restore(
     own: dict[str, nn.Parameter],
     training: bool,  # noqa: FBT001 (given by pickle)
 ) -> AdaptedAttention:
-    cls = _adapted_class(type(base))  # type: ignore[arg-type]  # mypy takes the instances' __hash__ for the class's
+    mixin = AdaptedAttention if config.project_output else UnprojectedAttention
+    cls = _adapted_class(mixin, type(base))  # type: ignore[arg-type]  # mypy takes the instances' __hash__ for the class's
     adapted = cls.__new__(cls)
     # Not __init__: the wrapper takes over the state of the base, tables shared, and makes none.
     vars(adapted).update(vars(base))
@@ -159,9 +191,9 @@ def _restore(
 
 
 @cache
-def _adapted_class(base: type[nn.Module]) -> type[AdaptedAttention]:
+def _adapted_class(mixin: type[AdaptedAttention], base: type[nn.Module]) -> type[AdaptedAttention]:
     """Return the one class for adapted modules of a base class.
 
     Kept, so that modules of one base class have one class: torch.compile guards on it.
     """
-    return type(f"Adapted{base.__name__}", (AdaptedAttention, base), {"__module__": __name__})
+    return type(f"Adapted{base.__name__}", (mixin, base), {"__module__": __name__})

@@ -1,47 +1,55 @@
-"""Adapters on disk, in PEFT's folder format: safetensors and JSON, never pickle."""
+"""Adapters on disk, in PEFT's folder format, and what PEFT would make of them."""
 
 import json
 import os
+import pickle
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery_adaption_prompt.attention import GATE, PROMPT, AdaptedAttention
-from surgery_adaption_prompt.config import AdaptionPromptConfig
+from surgery_adaption_prompt.config import OWN_TYPE, AdaptionPromptConfig
+from surgery_adaption_prompt.functional import activate_gate
 from surgery_core import StateError, SurgeryError, listed
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+"""What old releases of PEFT wrote in place of it; read as tensors only."""
 PEFT_PREFIX = "base_model.model."
 """What PEFT's key names begin with, before the FQN in the transformers model."""
 
 
-def adapter_state(modules: Mapping[str, AdaptedAttention]) -> dict[str, Tensor]:
+def adapter_state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Return an adapter's tensors by `fqn.name`, detached and not copied.
 
     Args:
-        modules: Adapted modules by FQN.
+        modules: Adapted attention modules, and modules saved whole, by FQN.
 
     Returns:
         `{fqn}.adaption_prompt`, `(1, adapter_len, hidden)`, and `{fqn}.adaption_gate`, `(1,)` or
-        `(num_attention_heads,)`.
+        `(num_attention_heads,)`; of other modules everything in their state dict.
     """
-    return {
-        f"{fqn}.{name}": getattr(module, name).detach()
-        for fqn, module in modules.items()
-        for name in (GATE, PROMPT)
-    }
+    state: dict[str, Tensor] = {}
+    for fqn, module in modules.items():
+        if isinstance(module, AdaptedAttention):
+            own = {name: getattr(module, name).detach() for name in (GATE, PROMPT)}
+        else:
+            own = module.state_dict()
+        state |= {f"{fqn}.{name}": tensor for name, tensor in own.items()}
+    return state
 
 
-def load_state_(modules: Mapping[str, AdaptedAttention], state: Mapping[str, Tensor]) -> None:
+def load_state_(modules: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> None:
     """Copy tensors into an adapter, all or none of them.
 
     Args:
-        modules: Adapted modules by FQN; dtype and device of their parameters stay.
+        modules: As for `adapter_state`; dtype and device of their tensors stay.
         state: By `fqn.name`, exactly those of the adapter.
 
     Raises:
@@ -68,7 +76,11 @@ def load_state_(modules: Mapping[str, AdaptedAttention], state: Mapping[str, Ten
 
 
 def save_adapter(
-    folder: str | os.PathLike[str], config: AdaptionPromptConfig, state: Mapping[str, Tensor]
+    folder: str | os.PathLike[str],
+    config: AdaptionPromptConfig,
+    state: Mapping[str, Tensor],
+    *,
+    is_for_peft: bool = True,
 ) -> None:
     """Write an adapter as PEFT writes it; each file is complete or not there.
 
@@ -78,6 +90,8 @@ def save_adapter(
         folder: Made if need be; the two files in it are replaced.
         config: The adapter's configuration.
         state: Its tensors by `fqn.name`.
+        is_for_peft: PEFT computes the same with it. Otherwise the folder names a type of its own,
+            which PEFT refuses, instead of computing something else.
 
     Raises:
         StateError: A value is not finite.
@@ -86,6 +100,8 @@ def save_adapter(
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     values = {**config.to_mapping(), "inference_mode": True}
+    if not is_for_peft:
+        values["peft_type"] = OWN_TYPE
     tensors = {f"{PEFT_PREFIX}{name}": tensor.contiguous() for name, tensor in state.items()}
     staged = {name: target / f".{name}.{os.getpid()}.tmp" for name in (WEIGHTS_FILE, CONFIG_FILE)}
     try:
@@ -96,6 +112,54 @@ def save_adapter(
     finally:
         for path in staged.values():
             path.unlink(missing_ok=True)
+
+
+def peft_problems(config: AdaptionPromptConfig, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return why PEFT would compute something else with an adapter, or could not load it.
+
+    Args:
+        config: The adapter's configuration.
+        modules: Its modules by FQN.
+    """
+    problems = [
+        problem
+        for is_one, problem in (
+            (config.gate == "head", "PEFT has one gate for a layer, not one for each head"),
+            (config.gate_activation != "identity", "PEFT applies no activation to the gate"),
+            (
+                any(not isinstance(module, AdaptedAttention) for module in modules.values()),
+                "PEFT saves no whole modules with adaption prompts",
+            ),
+        )
+        if is_one
+    ]
+    found = {
+        module.architecture.peft_problem(module, project_output=config.project_output)
+        for module in modules.values()
+        if isinstance(module, AdaptedAttention)
+    }
+    return problems + sorted(problem for problem in found if problem is not None)
+
+
+def peft_form(
+    config: AdaptionPromptConfig, state: Mapping[str, Tensor]
+) -> tuple[AdaptionPromptConfig, dict[str, Tensor]]:
+    """Say an adapter in PEFT's terms, as far as the values allow: one gate a layer, no activation.
+
+    The activation is folded into the gate, so the outputs stay and further training differs.
+
+    Returns:
+        The adapter with one gate where those of all heads are equal, otherwise with a gate for each.
+    """
+    folded = dict(state)
+    gates = [name for name in state if name.endswith(f".{GATE}")]
+    for name in gates:
+        folded[name] = activate_gate(state[name], config.gate_activation)
+    config = replace(config, gate_activation="identity")
+    if all(bool((folded[name] == folded[name][0]).all()) for name in gates):
+        folded |= {name: folded[name][:1] for name in gates}
+        config = replace(config, gate="layer")
+    return config, folded
 
 
 def check_finite(state: Mapping[str, Tensor]) -> None:
@@ -113,10 +177,17 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
         raise StateError(msg, mismatched=[f"{name}: not finite" for name in bad])
 
 
-def load_config(folder: str | os.PathLike[str]) -> AdaptionPromptConfig:
+def load_config(
+    folder: str | os.PathLike[str], *, peft_projects: bool = True
+) -> AdaptionPromptConfig:
     """Read the configuration of an adapter folder, ours or PEFT's.
 
     Keys that are no fields of ours or PEFT's are refused, but for `peft_version`.
+
+    Args:
+        folder: The folder.
+        peft_projects: For the model at hand PEFT sends the prompt's term through the output
+            projection; what is meant where the folder is PEFT's and does not say it.
 
     Raises:
         SurgeryError: There is no such file, or it is no JSON object.
@@ -135,25 +206,27 @@ def load_config(folder: str | os.PathLike[str]) -> AdaptionPromptConfig:
         msg = f"{str(path)!r} is no configuration: expected a JSON object, got {values!r:.80}."
         raise SurgeryError(msg)
     values.pop("peft_version", None)
+    if values.get("peft_type") != OWN_TYPE:
+        values.setdefault("project_output", peft_projects)
     return AdaptionPromptConfig.from_mapping(values)
 
 
 def load_state(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the tensors of an adapter folder by `fqn.name`, on the CPU.
 
+    `adapter_model.safetensors`, or where there is none `adapter_model.bin`, of which nothing but
+    tensors is read.
+
     Raises:
-        SurgeryError: There is no such file, or it is damaged.
+        SurgeryError: There is no such file, or it is damaged, or holds more than tensors.
         StateError: A key lacks PEFT's prefix.
     """
     path = Path(folder) / WEIGHTS_FILE
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as err:
-        msg = (
-            f"Adapter folder {str(folder)!r} has no readable {WEIGHTS_FILE}: {err}. Pass a folder "
-            "that save_pretrained wrote."
-        )
-        raise SurgeryError(msg) from err
+    if not path.exists() and (Path(folder) / PICKLE_FILE).exists():
+        path = Path(folder) / PICKLE_FILE
+        tensors = load_pickled(path)
+    else:
+        tensors = _load_safetensors(path)
     strange = [name for name in tensors if not name.startswith(PEFT_PREFIX)]
     if strange:
         msg = (
@@ -164,11 +237,45 @@ def load_state(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
 
 
+def load_pickled(path: Path) -> dict[str, Tensor]:
+    """Read a dictionary of tensors that `torch.save` wrote, on the CPU; no code in it is run.
+
+    Raises:
+        SurgeryError: The file is missing or damaged, or holds something else.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    # What torch raises for a damaged file depends on where the damage is.
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as err:
+        msg = (
+            f"{str(path)!r} cannot be read: expected tensors by name, as torch.save writes them, "
+            f"got {err}. Save the adapter again; nothing in the file was run."
+        )
+        raise SurgeryError(msg) from err
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
+    ):
+        msg = f"{str(path)!r} is no adapter: expected tensors by name, got {type(found).__name__}."
+        raise SurgeryError(msg)
+    return found
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as err:
+        msg = (
+            f"Adapter folder {str(path.parent)!r} has no readable {WEIGHTS_FILE}: {err}. Pass a "
+            "folder that save_pretrained wrote."
+        )
+        raise SurgeryError(msg) from err
+
+
 def _problem(given: Tensor, own: Tensor) -> str | None:
     if given.shape != own.shape:
         return f"expected shape {tuple(own.shape)}, got {tuple(given.shape)}"
-    if not given.is_floating_point():
-        return f"expected floating-point values, got {given.dtype}"
+    if given.is_floating_point() != own.is_floating_point():
+        return f"expected {own.dtype} values, got {given.dtype}"
     if not torch.isfinite(given.to(own.dtype)).all():
         return f"values are not finite in {own.dtype}"
     return None

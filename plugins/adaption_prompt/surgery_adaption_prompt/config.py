@@ -1,6 +1,6 @@
 """What an adapter is made of: PEFT's fields, ours, and the checks that need no model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -9,6 +9,14 @@ import torch
 from surgery_core import OptionsError, listed
 
 PEFT_TYPE = "ADAPTION_PROMPT"
+OWN_TYPE = "SURGERY_ADAPTION_PROMPT"
+"""What `peft_type` is on disk where PEFT would load the adapter and compute something else."""
+
+CLASSIFICATION_HEADS: Mapping[str | None, Sequence[str]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+}
+"""Names, by task type, under which PEFT looks for a head to train when none is given."""
 
 PEFT_FIELDS = frozenset(
     {
@@ -48,6 +56,13 @@ class AdaptionPromptConfig:
         gate_activation: What is applied to the gate before use; zero stays zero.
         dtype: Of prompt and gate, for example `"bfloat16"`; None means float32, or the base's
             own dtype where that is wider.
+        project_output: The prompt's term goes through the output projection, as in the paper.
+            False adds it after that, as PEFT does for GPT-2, with PEFT's scaling.
+        modules_to_save: Names of modules to train whole and keep with the adapter, for example
+            `["score"]`. None means the classification head if `task_type` is `"SEQ_CLS"` or
+            `"TOKEN_CLS"`, otherwise nothing.
+        init_from_text: Start the prompts from what each layer sees of this text, at most
+            `adapter_len` tokens, not from random values; see `prompts_from_text`.
 
     Raises:
         OptionsError: A field is missing or out of its range.
@@ -70,14 +85,19 @@ class AdaptionPromptConfig:
     gate: Gate = "layer"
     gate_activation: GateActivation = "identity"
     dtype: str | None = None
+    project_output: bool = True
+    modules_to_save: Sequence[str] | None = None
+    init_from_text: str | None = None
 
     def __post_init__(self) -> None:
         # PEFT's enums are strings; keep the bare string, so that JSON and == need no PEFT.
         for name in ("peft_type", "task_type"):
             value = getattr(self, name)
             object.__setattr__(self, name, str.__str__(value) if isinstance(value, str) else value)
-        if self.peft_type is None:
+        if self.peft_type in (None, OWN_TYPE):
             object.__setattr__(self, "peft_type", PEFT_TYPE)
+        if isinstance(self.modules_to_save, list):
+            object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
         problems = [*self._type_problems(), *self._range_problems()]
         if problems:
             msg = f"AdaptionPromptConfig is invalid: {'; '.join(problems)}."
@@ -92,12 +112,19 @@ class AdaptionPromptConfig:
             "inference_mode": bool,
             "target_modules": (str, type(None)),
             "dtype": (str, type(None)),
+            "project_output": bool,
+            "modules_to_save": (tuple, type(None)),
+            "init_from_text": (str, type(None)),
         }
-        return [
+        problems = [
             f"{name} has the wrong type, got {getattr(self, name)!r}"
             for name, kind in expected.items()
             if not isinstance(getattr(self, name), kind)
         ]
+        names = self.modules_to_save
+        if isinstance(names, tuple) and not all(isinstance(x, str) and x for x in names):
+            problems.append(f"modules_to_save must hold names, got {names!r}")
+        return problems
 
     def _range_problems(self) -> list[str]:
         problems = [

@@ -1,5 +1,7 @@
 """The maths of zero-init attention, in torch alone."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -34,8 +36,9 @@ def gated_prompt_attention(
         of `query`. Exactly zero where the gate is zero, if keys and values are finite.
 
     Numerics:
-        Softmax and gate in float32, or float64 for float64 queries. For float16 the logits are
-        computed in float32, since they may exceed what float16 can hold.
+        Softmax and gate in float32, or float64 for float64 queries. For float16 both products are
+        computed in float32, since logits and gated weights may exceed what float16 can hold; the
+        result is infinite only where the term itself does. Autocast changes none of this.
 
     Source:
         Zhang et al. 2023, arXiv:2303.16199, sec. 3.2; `gate` is their g_l.
@@ -50,19 +53,28 @@ def gated_prompt_attention(
     batch, heads, query_len, head_dim = query.shape
     kv_heads, prompt_len, value_dim = prompt_value.shape
     wide = torch.promote_types(query.dtype, torch.float32)
-    logit_dtype = wide if query.dtype is torch.float16 else query.dtype
-    # (batch, kv_heads, groups * query_len, head_dim): one matmul for the heads that share a key.
-    grouped = query.reshape(batch, kv_heads, -1, head_dim).to(logit_dtype)
-    logits = grouped @ prompt_key.to(logit_dtype).transpose(1, 2)
-    # To `wide` before scaling and softmax; low precision would lose the small differences.
-    weights = torch.softmax(logits.to(wide) * scaling, dim=-1)
-    # (batch, heads, query_len, prompt_len), so that the gate meets its heads.
-    weights = weights.view(batch, heads, query_len, prompt_len) * gate.to(wide).view(-1, 1, 1)
-    # Back to the query's dtype once, for the second matmul.
-    weights = weights.view(batch, kv_heads, -1, prompt_len).to(query.dtype)
-    term = weights @ prompt_value.to(query.dtype)
+    matmul_dtype = wide if query.dtype is torch.float16 else query.dtype
+    with _without_autocast(query.device.type):
+        # (batch, kv_heads, groups * query_len, head_dim): one matmul for the heads that share a key.
+        grouped = query.reshape(batch, kv_heads, -1, head_dim).to(matmul_dtype)
+        logits = grouped @ prompt_key.to(matmul_dtype).transpose(1, 2)
+        # To `wide` before scaling and softmax; low precision would lose the small differences.
+        weights = torch.softmax(logits.to(wide) * scaling, dim=-1)
+        # (batch, heads, query_len, prompt_len), so that the gate meets its heads.
+        weights = weights.view(batch, heads, query_len, prompt_len) * gate.to(wide).view(-1, 1, 1)
+        # Back from `wide`, for the second matmul.
+        weights = weights.view(batch, kv_heads, -1, prompt_len).to(matmul_dtype)
+        # To the query's dtype, from the float32 that float16 is computed in.
+        term = (weights @ prompt_value.to(matmul_dtype)).to(query.dtype)
     # (batch, query_len, heads, value_dim): the interface's layout.
     return term.view(batch, heads, query_len, value_dim).transpose(1, 2)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Keep autocast from undoing the choice of dtypes, on devices that have it (meta has not)."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def activate_gate(gate: Float[Tensor, " gates"], activation: GateActivation) -> Tensor:

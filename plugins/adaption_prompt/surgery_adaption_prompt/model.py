@@ -11,22 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from surgery_adaption_prompt.architectures import BASE_ADAPTER_METHODS
 from surgery_adaption_prompt.attention import AdaptedAttention
-from surgery_adaption_prompt.checkpoints import (
-    adapter_state,
-    check_finite,
-    load_config,
-    load_state,
-    load_state_,
-    save_adapter,
-)
-from surgery_adaption_prompt.config import AdaptionPromptConfig
-from surgery_adaption_prompt.operation import NAME, AdaptionPromptOperation
+from surgery_adaption_prompt.base_check import BaseCheck, check_base
+from surgery_adaption_prompt.checkpoints import adapter_state, load_state_
+from surgery_adaption_prompt.config import PEFT_TYPE, AdaptionPromptConfig
+from surgery_adaption_prompt.folders import SavableAdapter, read_folder
+from surgery_adaption_prompt.operation import adapter_rules
+from surgery_adaption_prompt.text_init import Tokenizer, prompts_from_text
 from surgery_core import (
-    BoundRule,
     OptionsError,
     Plan,
-    Rule,
     SwapState,
     Transaction,
     VariantError,
@@ -52,6 +47,7 @@ class AdaptionPromptModel(nn.Module):
         model: A decoder of transformers 5; changed in place.
         configs: Configurations by adapter name; all of them are added.
         adapter_name: Which of them to activate.
+        tokenizer: The base's; needed where a configuration has `init_from_text`.
 
     Raises:
         OptionsError: There is no configuration of that name, or one asks for too many layers.
@@ -82,6 +78,8 @@ class AdaptionPromptModel(nn.Module):
         model: PreTrainedModel,
         configs: Mapping[str, AdaptionPromptConfig],
         adapter_name: str,
+        *,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__()
         if adapter_name not in configs:
@@ -94,7 +92,7 @@ class AdaptionPromptModel(nn.Module):
         self.swap_state = SwapState(model)
         self.peft_config: dict[str, AdaptionPromptConfig] = {}
         for name, config in configs.items():
-            self._add(name, config)
+            self._add(name, config, tokenizer=tokenizer)
         # Nothing has been written so far; either both of these happen or neither.
         with Transaction() as freezing:
             for parameter in model.parameters():
@@ -104,14 +102,28 @@ class AdaptionPromptModel(nn.Module):
 
     # -- adapters ---------------------------------------------------------------------------------
 
-    def add_adapter(self, adapter_name: str, config: AdaptionPromptConfig) -> None:
-        """Add an untrained adapter; which adapter is active does not change.
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: AdaptionPromptConfig,
+        state: Mapping[str, Tensor] | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """Add an adapter; which adapter is active does not change.
+
+        Args:
+            adapter_name: Its name.
+            config: Its configuration.
+            state: Its tensors by `fqn.name`, as an importer gives them; None for an untrained one.
+            tokenizer: The base's; needed where the configuration has `init_from_text`.
 
         Raises:
             VariantError: The name is taken, empty, or no name for a folder.
+            StateError: The state does not fit the configuration and the model.
             SurgeryError: See the class; the model is unchanged.
         """
-        self._add(adapter_name, config)
+        self._add(adapter_name, config, state, tokenizer=tokenizer)
         if self.swap_state.selected is None:
             self.swap_state.set(adapter_name)
 
@@ -189,17 +201,72 @@ class AdaptionPromptModel(nn.Module):
         Raises:
             VariantError: There is no such adapter.
         """
-        return cast("dict[str, AdaptedAttention]", self.swap_state.variant(adapter_name))
+        found = self.swap_state.variant(adapter_name)
+        return {fqn: m for fqn, m in found.items() if isinstance(m, AdaptedAttention)}
+
+    def saved_modules(self, adapter_name: str) -> dict[str, nn.Module]:
+        """Return the modules trained whole with an adapter (`modules_to_save`) by FQN in the base.
+
+        Raises:
+            VariantError: There is no such adapter.
+        """
+        found = self.swap_state.variant(adapter_name)
+        return {fqn: m for fqn, m in found.items() if not isinstance(m, AdaptedAttention)}
 
     # -- the model --------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the base's own signature)
         """Run the base model with the active adapter; arguments and result are the base's."""
+        _refuse_rows(kwargs)
         return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the base's own signature)
         """Generate with the active adapter; arguments and result are those of the base's method."""
+        _refuse_rows(kwargs)
         return cast("Any", self.model).generate(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (whatever the base has)
+        """Look up in the base what is not here, as PEFT does, but for its own adapter methods.
+
+        Raises:
+            AttributeError: The base has not got it either, or it is a method for other adapters.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model = vars(self).get("_modules", {}).get("model")
+            if model is None:
+                raise
+        if name in BASE_ADAPTER_METHODS:
+            msg = (
+                f"AdaptionPromptModel has no {name!r}: the base's method of that name manages "
+                "adapters of PEFT's. Call it on get_base_model() if that is meant."
+            )
+            raise AttributeError(msg)
+        return getattr(model, name)
+
+    @property
+    def base_model(self) -> Self:
+        """This model: in PEFT it is one further inside, so `base_model.model` is the base in both."""
+        return self
+
+    @property
+    def peft_type(self) -> str:
+        """`"ADAPTION_PROMPT"`."""
+        return PEFT_TYPE
+
+    @property
+    def active_peft_config(self) -> AdaptionPromptConfig:
+        """Configuration of the selected adapter.
+
+        Raises:
+            VariantError: There is none.
+        """
+        name = self.active_adapter
+        if name is None:
+            msg = "Model has no adapter: expected one that is active. Add one first."
+            raise VariantError(msg)
+        return self.peft_config[name]
 
     def get_base_model(self) -> PreTrainedModel:
         """Return the model that was passed in, with the active adapter's modules in it."""
@@ -234,6 +301,10 @@ class AdaptionPromptModel(nn.Module):
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
         )
 
+    def print_trainable_parameters(self) -> None:
+        """Print `trainable_summary`."""
+        print(self.trainable_summary())  # noqa: T201 (what its name promises)
+
     # -- disk -------------------------------------------------------------------------------------
 
     def save_pretrained(
@@ -241,27 +312,36 @@ class AdaptionPromptModel(nn.Module):
         save_directory: str | os.PathLike[str],
         *,
         selected_adapters: Sequence[str] | None = None,
+        for_peft: bool = False,
     ) -> None:
         """Write adapters in PEFT's folder format, each with its own tensors, active or not.
+
+        An adapter with which PEFT would compute something else (a gate for each head, for example)
+        gets a `peft_type` that PEFT refuses to load. The base is recorded beside the adapter, and
+        compared at load.
 
         Args:
             save_directory: Takes the adapter `default`; others go into subfolders of their names.
             selected_adapters: Which to write; None means all.
+            for_peft: Write only what PEFT loads and computes alike: gates of all heads become one
+                where they are equal, and their activation is folded in.
 
         Raises:
             VariantError: There is no such adapter; nothing was written.
-            StateError: An adapter has values that are not finite; nothing was written.
+            StateError: An adapter has values that are not finite, or, `for_peft`, is one that PEFT
+                cannot have; nothing was written.
         """
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        states = {name: adapter_state(self.adapter_modules(name)) for name in names}
-        for state in states.values():
-            check_finite(state)
-        for name, state in states.items():
-            folder = Path(save_directory) / ("" if name == DEFAULT_ADAPTER else name)
+        base_name = self.config.name_or_path or None
+        prepared = {}
+        for name in names:
+            modules = self.swap_state.variant(name)
             config = self.peft_config[name]
             if config.base_model_name_or_path is None:
-                config = replace(config, base_model_name_or_path=self.config.name_or_path or None)
-            save_adapter(folder, config, state)
+                config = replace(config, base_model_name_or_path=base_name)
+            prepared[name] = SavableAdapter.prepare(name, config, modules, for_peft=for_peft)
+        for name, adapter in prepared.items():
+            adapter.write(Path(save_directory) / ("" if name == DEFAULT_ADAPTER else name))
 
     def load_adapter(
         self,
@@ -269,6 +349,7 @@ class AdaptionPromptModel(nn.Module):
         adapter_name: str,
         *,
         is_trainable: bool = False,
+        base_check: BaseCheck = "warn",
     ) -> None:
         """Add an adapter from a folder that PEFT or `save_pretrained` wrote.
 
@@ -276,12 +357,18 @@ class AdaptionPromptModel(nn.Module):
             model_id: The folder.
             adapter_name: Its name here.
             is_trainable: Keep it trainable; otherwise it is frozen.
+            base_check: What to do if it was trained for another base; see `check_base`.
 
         Raises:
             SurgeryError: The folder cannot be read, or does not fit this model; nothing was added.
         """
-        config, state = _read_folder(model_id, is_trainable=is_trainable)
+        config, state = read_folder(self.model, model_id, is_trainable=is_trainable)
         self._add(adapter_name, config, state)
+        try:
+            check_base(model_id, self.adapter_modules(adapter_name), policy=base_check)
+        except BaseException:
+            self.delete_adapter(adapter_name)
+            raise
         if self.swap_state.selected is None:
             self.swap_state.set(adapter_name)
 
@@ -293,6 +380,7 @@ class AdaptionPromptModel(nn.Module):
         adapter_name: str = DEFAULT_ADAPTER,
         *,
         is_trainable: bool = False,
+        base_check: BaseCheck = "warn",
     ) -> Self:
         """Put an adapter from a folder on a model.
 
@@ -301,41 +389,84 @@ class AdaptionPromptModel(nn.Module):
             model_id: The folder.
             adapter_name: Its name here.
             is_trainable: Keep it trainable; otherwise it is frozen.
+            base_check: What to do if it was trained for another base; see `check_base`.
 
         Raises:
             SurgeryError: The folder cannot be read, or does not fit the model; it is unchanged.
         """
-        config, state = _read_folder(model_id, is_trainable=is_trainable)
-        adapted = cls(model, {adapter_name: config}, adapter_name)
+        config, state = read_folder(model, model_id, is_trainable=is_trainable)
+        adapted = cls(model, {adapter_name: replace(config, init_from_text=None)}, adapter_name)
         try:
-            load_state_(adapted.adapter_modules(adapter_name), state)
+            load_state_(adapted.swap_state.variant(adapter_name), state)
+            check_base(model_id, adapted.adapter_modules(adapter_name), policy=base_check)
         except BaseException:
             adapted.unload()
             raise
+        adapted.peft_config[adapter_name] = config
         return adapted
 
     def _add(
-        self, name: str, config: AdaptionPromptConfig, state: Mapping[str, Tensor] | None = None
+        self,
+        name: str,
+        config: AdaptionPromptConfig,
+        state: Mapping[str, Tensor] | None = None,
+        *,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         _check_name(name)
-        rule = Rule(operation=NAME, options=config.to_mapping())
-        bound = BoundRule(rule=rule, operation=AdaptionPromptOperation())
-        plan = Plan.draft(self.model, [bound], originals=self.swap_state.originals())
+        if config.init_from_text is not None and state is None and tokenizer is None:
+            msg = (
+                f"Adapter {name!r} starts from a text: expected the base's tokenizer, got none. "
+                "Pass tokenizer=, or leave init_from_text out."
+            )
+            raise OptionsError(msg)
+        plan = Plan.draft(
+            self.model, adapter_rules(self.model, config), originals=self.swap_state.originals()
+        )
         self.swap_state.add(name, plan)
         try:
             if state is not None:
-                load_state_(self.adapter_modules(name), state)
+                load_state_(self.swap_state.variant(name), state)
+            elif config.init_from_text is not None and tokenizer is not None:
+                self._start_from_text(name, config.init_from_text, tokenizer)
         except BaseException:
             self.swap_state.delete(name)
             raise
         self.peft_config[name] = config
 
+    def _start_from_text(self, name: str, text: str, tokenizer: Tokenizer) -> None:
+        modules = self.adapter_modules(name)
+        with self.swap_state.disabled():
+            prompts = prompts_from_text(self.model, modules, text, tokenizer)
+        load_state_(modules, {**adapter_state(modules), **prompts})
 
-def _read_folder(
-    folder: str | os.PathLike[str], *, is_trainable: bool
-) -> tuple[AdaptionPromptConfig, dict[str, Tensor]]:
-    config = replace(load_config(folder), inference_mode=not is_trainable)
-    return config, load_state(folder)
+
+def get_peft_model(
+    model: PreTrainedModel,
+    peft_config: AdaptionPromptConfig,
+    adapter_name: str = DEFAULT_ADAPTER,
+) -> AdaptionPromptModel:
+    """Put an untrained adapter on a model, as PEFT's function of that name does.
+
+    Args:
+        model: The base model.
+        peft_config: Configuration of the adapter.
+        adapter_name: Its name.
+
+    Raises:
+        SurgeryError: See `AdaptionPromptModel`; the model is unchanged.
+    """
+    return AdaptionPromptModel(model, {adapter_name: peft_config}, adapter_name)
+
+
+def _refuse_rows(kwargs: Mapping[str, object]) -> None:
+    """Refuse a choice of adapters by row, which the base would ignore."""
+    if "adapter_names" in kwargs:
+        msg = (
+            "adapter_names is not supported: expected one adapter for the whole batch. Use "
+            "set_adapter, and run the rows of each adapter on their own."
+        )
+        raise OptionsError(msg)
 
 
 def _check_name(name: str) -> None:

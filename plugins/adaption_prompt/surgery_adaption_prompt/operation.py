@@ -1,16 +1,22 @@
 """The rule that adapts the topmost attention modules, as an operation of the core."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
+from surgery_adaption_prompt import trainable_copy
 from surgery_adaption_prompt.architectures import architecture_of, attention_modules
 from surgery_adaption_prompt.attention import GATE, PROMPT, AdaptedAttention, adapt, parameter_dtype
-from surgery_adaption_prompt.config import AdaptionPromptConfig
+from surgery_adaption_prompt.config import CLASSIFICATION_HEADS, AdaptionPromptConfig
 from surgery_core import (
+    BoundRule,
     Effects,
     NoMatchError,
     Operation,
     OptionsError,
+    Rule,
     Selector,
     Site,
     TensorSpec,
@@ -32,9 +38,18 @@ class AdaptionPromptOperation(Operation[AdaptionPromptConfig]):
         """Validate the options as an `AdaptionPromptConfig`.
 
         Raises:
-            OptionsError: A field is unknown, missing or out of its range.
+            OptionsError: A field is unknown, missing or out of its range, or concerns more than
+                the attention modules.
         """
-        return AdaptionPromptConfig.from_mapping(options)
+        config = AdaptionPromptConfig.from_mapping(options)
+        if config.modules_to_save is not None or config.init_from_text is not None:
+            msg = (
+                f"Operation {NAME!r} adapts attention modules only: expected neither "
+                "modules_to_save nor init_from_text. Add a rule with the operation "
+                "'trainable_copy', and use AdaptionPromptModel to start from a text."
+            )
+            raise OptionsError(msg)
+        return config
 
     def targets(self, tree: Tree, options: AdaptionPromptConfig) -> Selector:
         """Choose the `adapter_layers` topmost attention modules.
@@ -92,3 +107,30 @@ class AdaptionPromptOperation(Operation[AdaptionPromptConfig]):
     def build(self, site: Site, options: AdaptionPromptConfig) -> AdaptedAttention:
         """Return the attention module of the site, wrapped."""
         return adapt(site.module, architecture_of(site.module, fqn=site.fqn), options)
+
+
+def adapter_rules(model: nn.Module, config: AdaptionPromptConfig) -> list[BoundRule]:
+    """Return the rules that make up an adapter: its prompts, and copies of modules trained whole.
+
+    Args:
+        model: The base, in which a head to train is looked for if the configuration asks for one.
+        config: Configuration of the adapter.
+    """
+    prompts = replace(config, modules_to_save=None, init_from_text=None).to_mapping()
+    rules = [
+        BoundRule(rule=Rule(operation=NAME, options=prompts), operation=AdaptionPromptOperation())
+    ]
+    names = config.modules_to_save
+    if names is None:
+        tree = dict(model.named_modules())
+        heads = CLASSIFICATION_HEADS.get(config.task_type, ())
+        names = tuple(name for name in heads if trainable_copy.named(tree, [name]))
+    if names:
+        copies = {"modules": names, "is_trainable": not config.inference_mode}
+        rules.append(
+            BoundRule(
+                rule=Rule(operation=trainable_copy.NAME, options=copies),
+                operation=trainable_copy.TrainableCopyOperation(),
+            )
+        )
+    return rules

@@ -7,13 +7,14 @@ from torch import nn
 
 from surgery_adaption_prompt.architectures import load_skeleton
 from surgery_adaption_prompt.operation import AdaptionPromptOperation
+from surgery_adaption_prompt.trainable_copy import TrainableCopyOperation
 from surgery_core import Operation, hookimpl
 
 
 @hookimpl
 def surgery_operations() -> Iterable[Operation[Any]]:
-    """Offer `adaption_prompt`."""
-    return [AdaptionPromptOperation()]
+    """Offer `adaption_prompt` and `trainable_copy`."""
+    return [AdaptionPromptOperation(), TrainableCopyOperation()]
 
 
 @hookimpl

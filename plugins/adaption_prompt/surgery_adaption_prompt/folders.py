@@ -1,0 +1,84 @@
+"""Adapters of a model in folders, with the record of their base: what `AdaptionPromptModel` saves and loads."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from surgery_adaption_prompt.architectures import is_unprojected_in_peft
+from surgery_adaption_prompt.attention import AdaptedAttention
+from surgery_adaption_prompt.base_check import write_base_fingerprint
+from surgery_adaption_prompt.checkpoints import (
+    adapter_state,
+    check_finite,
+    load_config,
+    load_state,
+    peft_form,
+    peft_problems,
+    save_adapter,
+)
+from surgery_adaption_prompt.config import AdaptionPromptConfig
+from surgery_core import StateError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavableAdapter:
+    """An adapter that has passed every check and only needs a folder.
+
+    Args:
+        config: As it is written.
+        state: Its tensors by `fqn.name`.
+        modules: Its attention modules by FQN.
+        is_for_peft: PEFT computes the same with it.
+    """
+
+    config: AdaptionPromptConfig
+    state: Mapping[str, Tensor]
+    modules: Mapping[str, AdaptedAttention]
+    is_for_peft: bool
+
+    @classmethod
+    def prepare(
+        cls,
+        name: str,
+        config: AdaptionPromptConfig,
+        modules: Mapping[str, nn.Module],
+        *,
+        for_peft: bool,
+    ) -> "SavableAdapter":
+        """Check an adapter, and say it in PEFT's terms if it is meant `for_peft`.
+
+        Raises:
+            StateError: It has values that are not finite, or PEFT cannot have it.
+        """
+        state = adapter_state(modules)
+        check_finite(state)
+        if for_peft:
+            config, state = peft_form(config, state)
+        problems = peft_problems(config, modules)
+        if problems and for_peft:
+            msg = (
+                f"Adapter {name!r} cannot be written for PEFT: {'; '.join(problems)}. Save it "
+                "without for_peft=True, and load it with this package."
+            )
+            raise StateError(msg, mismatched=problems)
+        attentions = {fqn: m for fqn, m in modules.items() if isinstance(m, AdaptedAttention)}
+        return cls(config=config, state=state, modules=attentions, is_for_peft=not problems)
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Write configuration, tensors and the record of the base."""
+        save_adapter(folder, self.config, self.state, is_for_peft=self.is_for_peft)
+        write_base_fingerprint(folder, self.modules)
+
+
+def read_folder(
+    model: nn.Module, folder: str | os.PathLike[str], *, is_trainable: bool
+) -> tuple[AdaptionPromptConfig, dict[str, Tensor]]:
+    """Read an adapter for a model, with what PEFT's folders mean for this model.
+
+    Raises:
+        SurgeryError: The folder cannot be read.
+    """
+    config = load_config(folder, peft_projects=not is_unprojected_in_peft(model))
+    return replace(config, inference_mode=not is_trainable), load_state(folder)
