@@ -27,6 +27,13 @@ FORMATS_HEADER = """\
 Files that adapters come in, and what each direction is tested against.
 Made by `make docs-tables`; every test named is one that runs.
 
+PEFT's folders and ours are read by `AdaptionPromptModel.from_pretrained` and `load_adapter`.
+`read_llama_adapter` and `read_litgpt` return a configuration and tensors for `add_adapter(name, config, tensors)`.
+No pickle is unpacked: `.bin`, `.pth` and `.adapter` files are read with `weights_only=True`, and may hold tensors only.
+
+litgpt 0.5.5 and later does not compute its own formula unless the model has a single key-value head: it splits its fused projection in the order of older releases.
+`read_litgpt` follows the formula, and warns where that matters.
+
 | format | direction | tensors in the test are made by | test |
 |---|---|---|---|
 """
@@ -51,9 +58,9 @@ FORMATS = (
     ("our folder: PEFT's, with fields of ours", "in and out", "ours", "../e2e/test_fresh_process.py",
      "test_train_save_and_reload_in_a_fresh_process"),
     ("LLaMA-Adapter V1 `.pth`, gates `(1, H, 1, 1)` or `(1,)`", "in",
-     "the formulas, in the original layout", "test_importers.py", "LLAMA"),
+     "the formulas, in the original layout", "test_importers.py", "test_llama_adapters_file_gives_llama_adapters_logits"),
     ("litgpt `.adapter`, gates `(1, 1, H, 1)`, `(1, H, 1, 1)` or `(1,)`", "in",
-     "the formulas, in litgpt's layout", "test_importers.py", "LITGPT"),
+     "litgpt's formula, in both its layouts", "test_importers.py", "test_litgpts_file_gives_litgpts_logits"),
 )  # fmt: skip
 """What is read and written, and the test that shows it."""
 

@@ -244,8 +244,8 @@ def test_code_in_a_pickled_file_is_not_run(tmp_path):
     ("content", "message"),
     [
         ([torch.ones(1)], "expected tensors by name, got list"),
-        ({"a": 1}, "expected tensors by name, got dict"),
-        ({1: torch.ones(1)}, "expected tensors by name, got dict"),
+        ({"a": 1}, "expected tensors by name, got something else under 'a'"),
+        ({1: torch.ones(1)}, "expected tensors by name, got something else under 1"),
     ],
 )
 def test_a_pickled_file_of_something_else_is_refused(content, message, tmp_path):

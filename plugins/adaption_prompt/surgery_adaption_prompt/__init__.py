@@ -5,6 +5,7 @@ from surgery_adaption_prompt.base_check import base_fingerprint, check_base
 from surgery_adaption_prompt.checkpoints import adapter_state, load_state_
 from surgery_adaption_prompt.config import AdaptionPromptConfig
 from surgery_adaption_prompt.functional import activate_gate, gated_prompt_attention
+from surgery_adaption_prompt.importers import read_litgpt, read_llama_adapter
 from surgery_adaption_prompt.model import AdaptionPromptModel, get_peft_model
 from surgery_adaption_prompt.operation import AdaptionPromptOperation
 from surgery_adaption_prompt.text_init import prompts_from_text
@@ -26,4 +27,6 @@ __all__ = [
     "get_peft_model",
     "load_state_",
     "prompts_from_text",
+    "read_litgpt",
+    "read_llama_adapter",
 ]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from surgery_adaption_prompt.attention import GATE, PROMPT, AdaptedAttention
 from surgery_adaption_prompt.config import OWN_TYPE, AdaptionPromptConfig
 from surgery_adaption_prompt.functional import activate_gate
+from surgery_adaption_prompt.pickled import load_pickled
 from surgery_core import StateError, SurgeryError, listed
 
 CONFIG_FILE = "adapter_config.json"
@@ -235,29 +235,6 @@ def load_state(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
         )
         raise StateError(msg, unexpected=strange)
     return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
-
-
-def load_pickled(path: Path) -> dict[str, Tensor]:
-    """Read a dictionary of tensors that `torch.save` wrote, on the CPU; no code in it is run.
-
-    Raises:
-        SurgeryError: The file is missing or damaged, or holds something else.
-    """
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    # What torch raises for a damaged file depends on where the damage is.
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as err:
-        msg = (
-            f"{str(path)!r} cannot be read: expected tensors by name, as torch.save writes them, "
-            f"got {err}. Save the adapter again; nothing in the file was run."
-        )
-        raise SurgeryError(msg) from err
-    if not isinstance(found, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
-    ):
-        msg = f"{str(path)!r} is no adapter: expected tensors by name, got {type(found).__name__}."
-        raise SurgeryError(msg)
-    return found
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
