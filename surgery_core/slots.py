@@ -1,6 +1,6 @@
 """Where a module lives: every place that holds an object, the root and aliases included."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -193,18 +193,22 @@ def _held(owner: nn.Module, fqn: str, name: str, value: object) -> Iterator[tupl
                 yield Slot(owner, SlotKind.ITEM, key, f"{prefix}[{key!r}]", name), item
 
 
-def check_holds(expected: Mapping[Slot, nn.Module], *, subject: str, fix: str) -> None:
+def check_holds(expected: Iterable[tuple[Slot, nn.Module]], *, subject: str, fix: str) -> None:
     """Check that every slot holds the module expected of it.
+
+    Args:
+        expected: Slots, and what each must hold.
+        subject: How the error names what drifted.
+        fix: What the error tells the user to do.
 
     Raises:
         DriftError: One or more do not; all are named, nothing was changed.
     """
-    drifted = [slot for slot, module in expected.items() if slot.get() is not module]
+    drifted = [(slot, module) for slot, module in expected if slot.get() is not module]
     if drifted:
-        first = drifted[0]
+        first, module = drifted[0]
         msg = (
-            f"{subject} drifted at {listed(sorted(slot.fqn for slot in drifted))}: expected the "
-            f"{type(expected[first]).__name__} put there, got another "
-            f"{type(first.get()).__name__}. {fix}"
+            f"{subject} drifted at {listed(sorted(slot.fqn for slot, _ in drifted))}: expected the "
+            f"{type(module).__name__} put there, got another {type(first.get()).__name__}. {fix}"
         )
-        raise DriftError(msg, fqns=[slot.fqn for slot in drifted])
+        raise DriftError(msg, fqns=[slot.fqn for slot, _ in drifted])

@@ -136,7 +136,7 @@ class Plan:
 
     def _check_holds(self) -> None:
         check_holds(
-            {slot: claim.site.module for claim in self.claims for slot in claim.site.slots},
+            [(slot, claim.site.module) for claim in self.claims for slot in claim.site.slots],
             subject="Model planned for",
             fix="Plan again.",
         )

@@ -1,6 +1,7 @@
 """Named variants over one set of slots: which one is in the model, and where the others are kept."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +15,16 @@ from surgery_core.carry import hand_over
 from surgery_core.errors import DriftError, VariantError, listed
 from surgery_core.slots import Site, check_holds
 from surgery_core.surgery import Plan, Replacement
-from surgery_core.transaction import OnWrite, Transaction
+from surgery_core.transaction import Move, OnWrite, Transaction
 
-Anchor = tuple[torch.device, torch.dtype]
-"""Where the original at a site is, and in which dtype."""
+Path = tuple[tuple[Mapping[str, object], str, object], ...]
+"""The way from a module down to a parameter: each table, the name in it, and what was there."""
+
+Anchor = tuple[Path, nn.Parameter, torch.device, torch.dtype]
+"""A module's first floating-point parameter, how it is reached, where it is, and its dtype."""
+
+Anchors = Mapping[str, Anchor | None]
+"""By the FQN of the module's place; shared between variants, so never changed, only replaced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -25,7 +32,7 @@ class _Stored:
     """A variant outside the model, and where the originals were when it was stored."""
 
     modules: dict[str, nn.Module]
-    anchors: dict[str, Anchor | None]
+    anchors: Anchors
 
 
 class SwapState(nn.Module):
@@ -55,9 +62,10 @@ class SwapState(nn.Module):
         # In a tuple, so that nn.Module does not register the model as a child a second time.
         self._model = (model,)
         self._sites: dict[str, Site] = {}
+        self._num_uses: Counter[str] = Counter()
         self._store: dict[str, _Stored] = {}
         self._active: dict[str, nn.Module] = {}
-        self._active_anchors: dict[str, Anchor | None] = {}
+        self._active_anchors: Anchors = {}
         self._selected: str | None = None
         self._is_enabled = True
         self.on_write = on_write
@@ -122,6 +130,7 @@ class SwapState(nn.Module):
         self._check_built(name, replacements)
         for item in replacements:
             self._sites.setdefault(item.site.fqn, item.site)
+            self._num_uses[item.site.fqn] += 1
         self._store[name] = self._stored({item.site.fqn: item.module for item in replacements})
 
     def set(self, name: str) -> None:
@@ -179,9 +188,10 @@ class SwapState(nn.Module):
             raise VariantError(msg)
         if name == self._selected:
             self._move(then, is_enabled=self._is_enabled)
-        del self._store[name]
-        used = {fqn for kept in self.names for fqn in self.variant(kept)}
-        self._sites = {fqn: site for fqn, site in self._sites.items() if fqn in used}
+        for fqn in self._store.pop(name).modules:
+            self._num_uses[fqn] -= 1
+            if not self._num_uses[fqn]:
+                del self._num_uses[fqn], self._sites[fqn]
 
     def rename(self, name: str, new_name: str) -> None:
         """Give a variant another name; the model is not touched.
@@ -240,51 +250,74 @@ class SwapState(nn.Module):
 
     def _move(self, target: str | None, *, is_enabled: bool) -> None:
         """Make `target` the selected variant, and active if `is_enabled`; the one transition."""
-        wanted = self._store[target].modules if target is not None and is_enabled else {}
-        # (place, what is there, what shall be there)
-        moves = [
-            (site, self._active.get(fqn, site.module), wanted.get(fqn, site.module))
-            for fqn in {**self._active, **wanted}
-            for site in (self._sites[fqn],)
-        ]
+        entering = self._store[target].modules if target is not None and is_enabled else {}
+        leaving, sites = self._active, self._sites
+        # Plain loops, since a switch is done for every request: about two microseconds a module.
+        moves: list[Move] = []
+        for fqn, new in entering.items():
+            site = sites[fqn]
+            old = leaving.get(fqn, site.module)
+            for slot in site.slots:
+                moves.append((slot, old, new))  # noqa: PERF401 (same)
+        for fqn, old in leaving.items():
+            if fqn not in entering:
+                moves += [(slot, old, sites[fqn].module) for slot in sites[fqn].slots]
         check_holds(
-            {slot: old for site, old, _ in moves for slot in site.slots},
+            [(slot, old) for slot, old, _ in moves],
             subject="Model under variants",
             fix="Put the module named back before changing variants.",
         )
         self._follow_active()
+        anchors: Anchors = {}
         if target is not None and is_enabled:
-            self._follow(target)
+            anchors = self._follow(target)
         with Transaction(on_write=self.on_write) as transaction:
-            for site, old, new in moves:
-                for slot in site.slots:
-                    transaction.replace(slot, old, new)
+            transaction.replace_all(moves)
         for _, old, new in moves:
-            hand_over(old, new)
+            if new.training is not old.training or new._backward_hooks:  # noqa: SLF001 (when `hand_over` has anything to do)
+                hand_over(old, new)
         if self.active is not None:
-            self._store[self.active] = self._stored(self._active)
+            self._store[self.active] = self._stored(leaving, anchors)
         if target is not None and is_enabled:
             del self._store[target]
-        self._active, self._selected, self._is_enabled = wanted, target, is_enabled
-        self._active_anchors = {fqn: _anchor(module) for fqn, module in wanted.items()}
+        self._active, self._selected, self._is_enabled = entering, target, is_enabled
+        self._active_anchors = {
+            fqn: _anchor(module)
+            for fqn, module in entering.items()
+            if not _shares_tensors(module, sites[fqn].module)
+        }
 
-    def _stored(self, modules: dict[str, nn.Module]) -> _Stored:
-        return _Stored(
-            modules=modules, anchors={fqn: _anchor(self._sites[fqn].module) for fqn in modules}
-        )
+    def _stored(self, modules: dict[str, nn.Module], known: Anchors | None = None) -> _Stored:
+        """Store modules, with anchors that are `known` to be right or computed now."""
+        anchors = known or {}
+        if anchors.keys() != modules.keys():
+            anchors = {
+                fqn: anchors[fqn] if fqn in anchors else _anchor(self._sites[fqn].module)
+                for fqn in modules
+            }
+        return _Stored(modules=modules, anchors=anchors)
 
-    def _follow(self, name: str) -> None:
-        """Move the tensors of a stored variant to where the originals went since it was stored."""
+    def _follow(self, name: str) -> Anchors:
+        """Move the tensors of a stored variant to where the originals went; return where that is."""
         stored = self._store[name]
-        for fqn, module in stored.modules.items():
-            original = self._sites[fqn].module
-            stored.anchors[fqn] = _catch_up(module, original, stored.anchors[fqn])
+        moved = [fqn for fqn, anchor in stored.anchors.items() if not _is_at(anchor)]
+        if moved:
+            anchors = dict(stored.anchors)
+            for fqn in moved:
+                original = self._sites[fqn].module
+                anchors[fqn] = _catch_up(stored.modules[fqn], original, anchors[fqn])
+            self._store[name] = _Stored(modules=stored.modules, anchors=anchors)
+        return self._store[name].anchors
 
     def _follow_active(self) -> None:
         """Move originals outside the model to where the active variant went since it was put there."""
-        for fqn, module in self._active.items():
-            original = self._sites[fqn].module
-            self._active_anchors[fqn] = _catch_up(original, module, self._active_anchors[fqn])
+        moved = [fqn for fqn, anchor in self._active_anchors.items() if not _is_at(anchor)]
+        if moved:
+            anchors = dict(self._active_anchors)
+            for fqn in moved:
+                original = self._sites[fqn].module
+                anchors[fqn] = _catch_up(original, self._active[fqn], anchors[fqn])
+            self._active_anchors = anchors
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 (torch's signature)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -300,7 +333,7 @@ class SwapState(nn.Module):
             raise VariantError(msg)
 
     def _require_free(self, name: str) -> None:
-        if not name or name in self.names:
+        if not name or name in self._store or name == self.active:
             reason = "is taken" if name else "is empty"
             msg = f"Variant name {name!r} {reason}: there are {listed(self.names)}. Choose another."
             raise VariantError(msg)
@@ -322,23 +355,39 @@ def _to(tensor: torch.Tensor, *, device: torch.device, dtype: torch.dtype | None
 def _catch_up(module: nn.Module, moved: nn.Module, before: Anchor | None) -> Anchor | None:
     """Move `module` as `moved` was since its anchor was `before`; return the anchor now."""
     now = _anchor(moved)
-    if before is not None and now is not None and before != now:
+    if before is not None and now is not None and before[2:] != now[2:]:
         # A dtype that did not change is not imposed: adapters may be kept in a wider one.
-        dtype = now[1] if now[1] is not before[1] else None
-        _apply_own(module, moved, partial(_to, device=now[0], dtype=dtype))
+        dtype = now[3] if now[3] is not before[3] else None
+        _apply_own(module, moved, partial(_to, device=now[2], dtype=dtype))
     return now
 
 
 def _anchor(module: nn.Module) -> Anchor | None:
-    """Return device and dtype of the first floating-point parameter of a module."""
-    # By hand, not by parameters(): its generators cost more than all the rest of a switch.
-    for parameter in module._parameters.values():  # noqa: SLF001 (torch's registry)
+    for name, parameter in module._parameters.items():  # noqa: SLF001 (torch's registry)
         if parameter is not None and parameter.is_floating_point():
-            return parameter.device, parameter.dtype
-    for child in module._modules.values():  # noqa: SLF001 (same)
+            step = (module._parameters, name, parameter)  # noqa: SLF001 (same)
+            return (step,), parameter, parameter.device, parameter.dtype
+    for name, child in module._modules.items():  # noqa: SLF001 (same)
         if child is not None and (found := _anchor(child)) is not None:
-            return found
+            path, parameter, device, dtype = found
+            return ((module._modules, name, child), *path), parameter, device, dtype  # noqa: SLF001 (same)
     return None
+
+
+def _is_at(anchor: Anchor | None) -> bool:
+    """Tell whether the module of an anchor would give the same anchor now."""
+    if anchor is None:
+        return False
+    path, parameter, device, dtype = anchor
+    for table, name, held in path:
+        if table.get(name) is not held:
+            return False
+    return parameter.dtype is dtype and parameter.device == device
+
+
+def _shares_tensors(module: nn.Module, original: nn.Module) -> bool:
+    """Tell whether whatever moves a variant's module moves its original too."""
+    return module._modules is original._modules and not original._parameters  # noqa: SLF001 (torch's registries)
 
 
 def _apply_own(

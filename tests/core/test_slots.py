@@ -248,7 +248,7 @@ def test_holding_what_is_expected_is_no_drift():
     model = nn.Sequential(nn.ReLU())
     (slot,) = SlotIndex(model).site("0").slots
 
-    check_holds({slot: model[0]}, subject="Model", fix="Fix it.")
+    check_holds([(slot, model[0])], subject="Model", fix="Fix it.")
 
 
 def test_drift_names_every_slot():
@@ -257,7 +257,7 @@ def test_drift_names_every_slot():
     model[2], model[0] = nn.Tanh(), nn.Tanh()
 
     with pytest.raises(DriftError) as caught:
-        check_holds(expected, subject="Model", fix="Fix it.")
+        check_holds(expected.items(), subject="Model", fix="Fix it.")
 
     assert str(caught.value) == (
         "Model drifted at '0', '2': expected the ReLU put there, got another Tanh. Fix it."
