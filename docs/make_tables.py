@@ -23,9 +23,13 @@ HEADER = """\
 Every model type of transformers' `AutoModelForCausalLM` mapping (transformers {version}), tried with a tiny random model of {layers} layers or so.
 Made by `make docs-tables`; `tests/interop/test_families.py` checks each line.
 
-- **right**: an untrained adapter changes no bit; each adapted layer adds its term once for each pass; with gates open that differ per head, logits equal a float64 reference written from the formula to 1e-6; decoding with a cache equals the full forward wherever the base's does; every gate gets a finite gradient that is not zero.
+- **right**: an untrained adapter changes no bit; each adapted layer adds its term once for each pass; with gates open that differ per head, logits equal a float64 reference written from the formula to 1e-6; decoding with a cache equals the full forward to 1e-5 wherever the base's does to 1e-6; every gate gets a finite gradient that is not zero.
+  In bfloat16, with parts in float32 that `from_pretrained` keeps so and the adapter in float32: an untrained adapter changes no bit; with gates open, logits change and are finite wherever the base's are; gradients as above.
 - **refused**: planning raises an error with the reason given; the model is not touched.
 - **not tiny**: no small model of this type could be made and run here, for the reason given; nothing is known of it.
+
+A row is about options near the type's defaults; a checkpoint may set others.
+So Gemma 4 is right, but refused where its top layers share keys and values (as in E2B) or use keys as values.
 
 {counts}.
 

@@ -18,6 +18,8 @@ from surgery_core import SurgeryError
 CONFIG = {"adapter_len": 3, "gate": "head"}
 FLOAT64 = 1e-6
 """Relative to the largest logit: some models compute norms or softmax in float32."""
+CACHED = 1e-5
+"""The same for decoding with a cache, where bases differ from themselves by up to `FLOAT64`."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def judge(model_type):  # noqa: PLR0911 (one for each verdict)
     """Try a model type in every way, and say what came of it."""
     torch.manual_seed(0)
     try:
-        model = tiny_model(model_type)
+        model, half = (tiny_model(model_type, dtype) for dtype in (torch.float64, torch.bfloat16))
     except Exception as err:  # noqa: BLE001 (whatever a default configuration raises)
         return Verdict("not tiny", _first_line(err))
     attentions = attention_modules(dict(model.named_modules()))
@@ -49,7 +51,6 @@ def judge(model_type):  # noqa: PLR0911 (one for each verdict)
     except SurgeryError as err:
         return Verdict("refused", _reason(err))
     randomize_(model, 0)
-    model.double()
     ids = torch.randint(3, VOCAB - 2, (2, 6))
     try:
         with torch.no_grad():
@@ -62,6 +63,7 @@ def judge(model_type):  # noqa: PLR0911 (one for each verdict)
         )
     try:
         _check(model, config, ids)
+        _check_half(half, config, ids)
     except Exception as err:  # noqa: BLE001 (an adapted model that raises is wrong too)
         return Verdict("wrong", _first_line(err))
     return Verdict("right", str(len(attentions)))
@@ -89,7 +91,26 @@ def _check(model, config, ids):
         # Some bases decode otherwise than they run; an adapter cannot mend that.
         if _error(_decoded(copy.deepcopy(pristine), ids), expected) < FLOAT64:
             error = _error(_decoded(copy.deepcopy(adapted), ids), actual)
-            assert error < FLOAT64, f"cached decoding differs by {error:.1e}"
+            assert error < CACHED, f"cached decoding differs by {error:.1e}"
+    _check_gradients(adapted, ids)
+
+
+def _check_half(model, config, ids):
+    """Raise an AssertionError that says what is wrong in bfloat16, with adapters in float32."""
+    randomize_(model, 0)
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(input_ids=ids).logits
+        adapted = AdaptionPromptModel(model, {"a": config}, "a")
+        untrained = copy.deepcopy(adapted)(input_ids=ids).logits
+        assert torch.equal(expected, untrained), "an untrained adapter changes bfloat16 logits"
+        open_gates_(adapted.adapter_modules("a"))
+        actual = copy.deepcopy(adapted)(input_ids=ids).logits
+    assert not torch.equal(expected, actual), "open gates change no bfloat16 logits"
+    assert torch.isfinite(actual)[torch.isfinite(expected)].all(), "bfloat16 logits are not finite"
+    _check_gradients(adapted, ids)
+
+
+def _check_gradients(adapted, ids):
     adapted(input_ids=ids).logits.logsumexp(-1).sum().backward()
     for module in adapted.adapter_modules("a").values():
         gradient = module.adaption_gate.grad
@@ -141,8 +162,8 @@ def _reference(model, adapted, ids):
             if module in adapters:
                 output = output + reference_term(
                     query,
-                    adapters[module].adaption_prompt[0],
-                    adapters[module].adaption_gate,
+                    adapters[module].adaption_prompt[0].to(query.dtype),
+                    adapters[module].adaption_gate.to(query.dtype),
                     kv_weights(module),
                     scaling=kwargs["scaling"],
                     activation="identity",

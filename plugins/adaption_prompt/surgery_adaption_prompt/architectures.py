@@ -8,7 +8,7 @@ names our function there. Ours calls the base's and adds the prompt's term.
 
 import dis
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations.peft import PeftAdapterMixin
+from transformers.pytorch_utils import Conv1D
 
 from surgery_adaption_prompt.attention import TERMS, AdaptedAttention
+from surgery_adaption_prompt.baked import Child
 from surgery_core import ContractError, listed
 
 SEAM_KEY = "surgery_adaption_prompt"
@@ -29,6 +31,8 @@ T = TypeVar("T")
 
 _TABLE = "ALL_ATTENTION_FUNCTIONS"
 _EAGER = "eager_attention_forward"
+_PLAIN_PROJECTIONS = frozenset({nn.Linear, Conv1D})
+_ORDINARY_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,16 @@ class SeparateProjections:
     key: str = "k_proj"
     value: str = "v_proj"
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the projections in their module."""
+        return self.key, self.value
+
     def __call__(self, attention: nn.Module, prompt: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of the prompt, `(1, prompt_len, kv_heads * head_dim)`."""
         return (
-            attention.get_submodule(self.key)(prompt),
-            attention.get_submodule(self.value)(prompt),
+            _project(attention.get_submodule(self.key), prompt),
+            _project(attention.get_submodule(self.value), prompt),
         )
 
 
@@ -52,9 +61,14 @@ class FusedProjection:
 
     name: str
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Name of the projection in its module."""
+        return (self.name,)
+
     def __call__(self, attention: nn.Module, prompt: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of the prompt, `(1, prompt_len, kv_heads * head_dim)`."""
-        fused = attention.get_submodule(self.name)(prompt)
+        fused = _project(attention.get_submodule(self.name), prompt)
         config = _config_of(attention)
         heads = config.num_attention_heads
         # Not every configuration knows of grouped heads; without them there are as many as queries.
@@ -70,9 +84,14 @@ class InterleavedProjection:
 
     name: str
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Name of the projection in its module."""
+        return (self.name,)
+
     def __call__(self, attention: nn.Module, prompt: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of the prompt, `(1, prompt_len, heads * head_dim)`."""
-        fused = attention.get_submodule(self.name)(prompt)
+        fused = _project(attention.get_submodule(self.name), prompt)
         heads = _config_of(attention).num_attention_heads
         # Seen as (1, prompt_len, heads, 3, head_dim).
         _, key, value = fused.view(1, prompt.shape[1], heads, 3, -1).unbind(dim=3)
@@ -91,6 +110,7 @@ KNOWN_CLASSES: Mapping[str, Projections] = {
 """Attention classes, by name, whose keys and values come from a fused projection we know."""
 
 REFUSED_CLASSES: Mapping[str, str] = {
+    "BltSelfAttention": "is in four stacks of layers, one of which only cuts the text into patches",
     "DiffLlamaAttention": "calls its attention function twice, with parts of the values",
     "HrmTextAttention": "runs several times in one pass",
     "MllamaTextCrossAttention": "attends to images, not to the text",
@@ -161,6 +181,13 @@ class TransformersAttention:
         key = key.view(prompt.shape[1], -1, head_dim).transpose(0, 1)
         # As many heads as the keys; their size may be another.
         return key, value.view(prompt.shape[1], len(key), -1).transpose(0, 1)
+
+    def plain_projections(self, attention: nn.Module) -> Sequence[Child] | None:
+        """Return what `project` calls; None unless only input and parameters decide what they give."""
+        table = attention._modules  # noqa: SLF001 (torch's registry, which is shared with the base)
+        children = [(table, name, table.get(name)) for name in self.projections.names]
+        are_plain = all(type(module) in _PLAIN_PROJECTIONS for _, _, module in children)
+        return cast("list[Child]", children) if are_plain else None
 
     def sizes(self, base: nn.Module) -> tuple[int, int]:
         """Return the hidden size and the number of attention heads."""
@@ -291,6 +318,17 @@ def _view_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]:
     """Return a class whose objects differ from the base's in the attention function they name."""
     members = {"_attn_implementation": property(lambda _: SEAM_KEY), "__module__": __name__}
     return type(f"Seam{base.__name__}", (base,), members)
+
+
+def _project(projection: nn.Module, prompt: Tensor) -> Tensor:
+    """Call a projection in the dtype of its weight, if that is an ordinary one."""
+    dtype = getattr(getattr(projection, "weight", None), "dtype", None)
+    # Queries may be wider than the weights (after norms kept in float32). Quantised weights, or
+    # none, say nothing about the input: those projections get the query's dtype.
+    inputs = prompt.to(dtype) if dtype in _ORDINARY_DTYPES else prompt
+    # Back to the query's dtype, whatever the projection gave.
+    output: Tensor = projection(inputs).to(prompt.dtype)
+    return output
 
 
 def _projections(module: nn.Module) -> Projections | None:

@@ -1,6 +1,6 @@
 """`AdaptedAttention`: a base attention module with an adaption prompt added to what it computes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import chain
 from typing import Any, Protocol, Self
@@ -8,8 +8,13 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from surgery_adaption_prompt.baked import BakedPrompt, Child, Sources
 from surgery_adaption_prompt.config import AdaptionPromptConfig
-from surgery_adaption_prompt.functional import activate_gate, gated_prompt_attention
+from surgery_adaption_prompt.functional import (
+    activate_gate,
+    baked_prompt_attention,
+    gated_prompt_attention,
+)
 
 PROMPT = "adaption_prompt"
 GATE = "adaption_gate"
@@ -33,6 +38,9 @@ class AttentionArchitecture(Protocol):
             prompt: `(1, prompt_len, hidden)`.
             head_dim: Of the query.
         """
+
+    def plain_projections(self, attention: nn.Module) -> Sequence[Child] | None:
+        """Return what `project` calls; None unless only input and parameters decide what they give."""
 
     def sizes(self, base: nn.Module) -> tuple[int, int]:
         """Return the hidden size and the number of attention heads."""
@@ -61,6 +69,7 @@ class AdaptedAttention(nn.Module):
     base_attention: nn.Module
     adaption_config: AdaptionPromptConfig
     architecture: AttentionArchitecture
+    baked: BakedPrompt | None
 
     def prompt_term(self, query: Tensor, *, scaling: float) -> Tensor:
         """Return the gated attention to the prompt.
@@ -72,11 +81,47 @@ class AdaptedAttention(nn.Module):
         Returns:
             `(batch, query_len, heads, head_dim)`, dtype of `query`.
         """
+        baked = self._baked(query)
+        if baked is not None:
+            return baked_prompt_attention(query, baked.key, baked.value, scaling=scaling)
+        key, value, gate = self._prepared(query)
+        return gated_prompt_attention(query, key, value, gate, scaling=scaling)
+
+    def _prepared(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return keys and values for a query, and the gate after its activation."""
         # The projections take the base's dtype; the parameters may be kept in a wider one.
         prompt = self.adaption_prompt.to(query.dtype)
         key, value = self.architecture.project(self, prompt, head_dim=query.shape[-1])
-        gate = activate_gate(self.adaption_gate, self.adaption_config.gate_activation)
-        return gated_prompt_attention(query, key, value, gate, scaling=scaling)
+        return key, value, activate_gate(self.adaption_gate, self.adaption_config.gate_activation)
+
+    def _baked(self, query: Tensor) -> BakedPrompt | None:
+        """Return keys and gated values that are good for this query; None if they must be computed."""
+        if torch.is_grad_enabled() or self.training:
+            # Training is under way, and not every optimizer's steps are counted by PyTorch.
+            if self.baked is not None:
+                self.baked = None
+            return None
+        if (
+            torch.compiler.is_compiling()
+            or type(query) is not Tensor
+            or torch.is_autocast_enabled(query.device.type)
+            or (query.is_cuda and torch.cuda.is_current_stream_capturing())
+        ):
+            return None
+        baked = self.baked
+        if baked is None or baked.key.dtype is not query.dtype or not baked.sources.are_unchanged():
+            self.baked = baked = self._bake(query)
+        return baked
+
+    def _bake(self, query: Tensor) -> BakedPrompt | None:
+        projections = self.architecture.plain_projections(self)
+        if projections is None:
+            return None
+        sources = Sources.of(self._parameters, (PROMPT, GATE), projections)
+        if sources is None:
+            return None
+        key, value, gate = self._prepared(query)
+        return BakedPrompt.make(key, value, gate, heads=query.shape[1], sources=sources)
 
     def add_prompt(self, output: Tensor, query: Tensor, *, scaling: float) -> Tensor:
         """Add the prompt's term to what the base's attention function gave.
@@ -96,10 +141,12 @@ class AdaptedAttention(nn.Module):
         """Set the mode here and on the base, which shares everything else."""
         super().train(mode)
         self.base_attention.training = mode
+        self.baked = None
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 (torch's signature)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.baked = None
         # Parameters of the base itself may have become new objects (from or to the meta device).
         for name in self.base_attention._parameters:  # noqa: SLF001 (torch's registry)
             self.base_attention._parameters[name] = self._parameters[name]  # noqa: SLF001 (same)
@@ -184,6 +231,7 @@ def _restore(
         architecture=architecture,
         adaption_config=config,
         config=architecture.seam_config(base),
+        baked=None,
         training=training,
         _parameters={**base._parameters, **own},  # noqa: SLF001 (torch's registry; a table of its own keeps the base's free of ours)
     )

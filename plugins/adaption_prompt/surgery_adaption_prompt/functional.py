@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from surgery_adaption_prompt.config import GateActivation
 
@@ -70,9 +71,58 @@ def gated_prompt_attention(
     return term.view(batch, heads, query_len, value_dim).transpose(1, 2)
 
 
+def baked_prompt_attention(
+    query: Float[Tensor, "batch heads query_len head_dim"],
+    key: Float[Tensor, "1 heads prompt_len head_dim"],
+    gated_value: Float[Tensor, "1 heads prompt_len value_dim"],
+    *,
+    scaling: float,
+) -> Float[Tensor, "batch query_len heads value_dim"]:
+    """Attend to the adaption prompt with the gate folded into the values already.
+
+    As `gated_prompt_attention`, up to rounding, for when nothing is trained.
+
+    Args:
+        query: As there.
+        key: Keys of the prompt, one set for each query head.
+        gated_value: Values of the prompt, times the gate of the head.
+        scaling: As there.
+
+    Returns:
+        As there. Exactly zero where the gated values are zero, if the keys are finite.
+
+    Numerics:
+        PyTorch's `scaled_dot_product_attention`: softmax in float32 or wider.
+
+    Source:
+        See `gated_prompt_attention`.
+
+    Example:
+        >>> query = torch.ones(1, 2, 1, 4)
+        >>> value = torch.tensor([0.0, 0.5]).view(1, 2, 1, 1).expand(1, 2, 3, 4)
+        >>> baked_prompt_attention(query, torch.ones(1, 2, 3, 4), value, scaling=0.5)[0, 0, :, 0]
+        tensor([0.0000, 0.5000])
+    """
+    batch, _, query_len, _ = query.shape
+    if query_len == 1:
+        # All rows have the same keys, so at decoding they are queries of one row, (1, heads, batch,
+        # head_dim): 8 rows of bfloat16 take 35 microseconds instead of 115 (9 heads, 2 cores).
+        rows = scaled_dot_product_attention(
+            query.permute(2, 1, 0, 3), key, gated_value, scale=scaling
+        )
+        # (1, heads, batch, value_dim) -> (batch, 1, heads, value_dim)
+        return rows.permute(2, 0, 1, 3)
+    term = scaled_dot_product_attention(
+        query, key.expand(batch, -1, -1, -1), gated_value.expand(batch, -1, -1, -1), scale=scaling
+    )
+    # (batch, query_len, heads, value_dim): the interface's layout.
+    return term.transpose(1, 2)
+
+
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Keep autocast from undoing the choice of dtypes, on devices that have it (meta has not)."""
-    if torch.amp.is_autocast_available(device_type):
+    """Keep autocast from undoing the choice of dtypes, where it is on."""
+    # Asked first, since entering a context takes as long as a matmul; the meta device has none.
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
