@@ -60,6 +60,14 @@ def test_pefts_positional_order_is_kept():
             "AdaptionPromptConfig is invalid: target_modules has the wrong type, got "
             "['self_attn'].",
         ),
+        (
+            {"adapter_len": 1, "adapter_layers": 1, "modules_to_save": "score"},
+            "AdaptionPromptConfig is invalid: modules_to_save has the wrong type, got 'score'.",
+        ),
+        (
+            {"adapter_len": 1, "adapter_layers": 1, "modules_to_save": ["score", ""]},
+            "AdaptionPromptConfig is invalid: modules_to_save must hold names, got ('score', '').",
+        ),
     ],
 )
 def test_invalid_fields_are_all_named(options, message):

@@ -279,6 +279,19 @@ def test_aliases_swap_together():
     assert isinstance(model.first.inner.head, nn.Linear)
 
 
+def test_a_plain_list_swaps_too():
+    model = Net().eval()
+    model.chosen = [model.head]
+    swap = SwapState(model)
+    swap.add("a", plan(swap, model, gates("head", 1.0)))
+    head = model.head
+
+    swap.set("a")
+    assert model.chosen[0] is model.head is swap.variant("a")["head"]
+    swap.disable()
+    assert model.chosen[0] is model.head is head
+
+
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_a_copy_of_model_and_state_together_keeps_working(twin_of):
     model, swap = three_variants()

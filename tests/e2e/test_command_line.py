@@ -51,9 +51,10 @@ def test_an_error_exits_with_one(folder):
     found = surgery("plan", folder, "--operation", "adaption_prompt", "-o", "adapter_len=4")
 
     assert 1 == found.returncode
-    assert found.stderr == (
+    # Libraries that transformers finds may warn above it.
+    assert found.stderr.splitlines()[-1] == (
         "error: AdaptionPromptConfig is invalid: adapter_layers must be an integer of at least 1, "
-        "got None.\n"
+        "got None."
     )
 
 
