@@ -13,6 +13,7 @@ from surgery_adaption_prompt.config import AdaptionPromptConfig
 from surgery_adaption_prompt.functional import (
     activate_gate,
     baked_prompt_attention,
+    fold_gate,
     gated_prompt_attention,
 )
 
@@ -121,7 +122,11 @@ class AdaptedAttention(nn.Module):
         if sources is None:
             return None
         key, value, gate = self._prepared(query)
-        return BakedPrompt.make(key, value, gate, heads=query.shape[1], sources=sources)
+        key, value = fold_gate(key, value, gate, heads=query.shape[1])
+        # A gate may be too large for the dtype of the values.
+        if not torch.isfinite(value).all():
+            return None
+        return BakedPrompt(key=key, value=value, sources=sources)
 
     def add_prompt(self, output: Tensor, query: Tensor, *, scaling: float) -> Tensor:
         """Add the prompt's term to what the base's attention function gave.

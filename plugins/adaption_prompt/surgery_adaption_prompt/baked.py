@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -99,30 +98,3 @@ class BakedPrompt:
     key: Tensor
     value: Tensor
     sources: Sources
-
-    @classmethod
-    def make(
-        cls, key: Tensor, value: Tensor, gate: Tensor, *, heads: int, sources: Sources
-    ) -> Self | None:
-        """Repeat keys and values for each query head, and fold the gate in.
-
-        Args:
-            key: `(kv_heads, prompt_len, head_dim)`.
-            value: `(kv_heads, prompt_len, value_dim)`.
-            gate: After its activation, `(1,)` or `(heads,)`.
-            heads: How many query heads there are.
-            sources: What all of it comes from, noted before it was computed.
-
-        Returns:
-            The baked prompt; None if a value times its gate is too large for the values' dtype.
-        """
-        groups = heads // key.shape[0]
-        wide = torch.promote_types(value.dtype, torch.float32)
-        # (heads, prompt_len, value_dim): each query head has the values of its key-value head.
-        gated = value.repeat_interleave(groups, dim=0).to(wide) * gate.to(wide).view(-1, 1, 1)
-        gated = gated.to(value.dtype)
-        if not torch.isfinite(gated).all():
-            return None
-        return cls(
-            key=key.repeat_interleave(groups, dim=0)[None], value=gated[None], sources=sources
-        )

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from surgery_adaption_prompt.checkpoints import (
     save_adapter,
 )
 from surgery_adaption_prompt.config import AdaptionPromptConfig
-from surgery_core import StateError
+from surgery_core import OptionsError, StateError, VariantError, listed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,3 +83,35 @@ def read_folder(
     """
     config = load_config(folder, peft_projects=not is_unprojected_in_peft(model))
     return replace(config, inference_mode=not is_trainable), load_state(folder)
+
+
+def check_same_form(
+    own: AdaptionPromptConfig, config: AdaptionPromptConfig, *, folder: str | os.PathLike[str]
+) -> None:
+    """Refuse an adapter that computes otherwise with tensors of the same shapes.
+
+    Raises:
+        OptionsError: Kind or activation of the gate, or the place of the term, differ.
+    """
+    differing = [
+        name
+        for name in ("gate", "gate_activation", "project_output")
+        if getattr(config, name) != getattr(own, name)
+    ]
+    if differing:
+        msg = (
+            f"Adapter in {str(folder)!r} cannot take another's place: expected the same "
+            f"{listed(differing)}, got {listed([str(getattr(config, n)) for n in differing])}. "
+            "Load it under a name of its own."
+        )
+        raise OptionsError(msg)
+
+
+def check_name(name: str) -> None:
+    """Refuse names that cannot be a folder's, or that would hide what is in the folder."""
+    if not name or name != Path(name).name or name.startswith("."):
+        msg = (
+            f"Adapter name {name!r} cannot name a folder: expected one without separators that does "
+            "not begin with a dot. Choose another."
+        )
+        raise VariantError(msg)

@@ -51,6 +51,9 @@ def gated_prompt_attention(
         >>> gated_prompt_attention(query, prompt, prompt, gate, scaling=0.5)[0, 0, :, 0]
         tensor([0.0000, 0.5000])
     """
+    if _prefers_fused(query):
+        key, gated = fold_gate(prompt_key, prompt_value, gate, heads=query.shape[1])
+        return baked_prompt_attention(query, key, gated, scaling=scaling)
     batch, heads, query_len, head_dim = query.shape
     kv_heads, prompt_len, value_dim = prompt_value.shape
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -103,20 +106,57 @@ def baked_prompt_attention(
         >>> baked_prompt_attention(query, torch.ones(1, 2, 3, 4), value, scaling=0.5)[0, 0, :, 0]
         tensor([0.0000, 0.5000])
     """
-    batch, _, query_len, _ = query.shape
-    if query_len == 1:
-        # All rows have the same keys, so at decoding they are queries of one row, (1, heads, batch,
-        # head_dim): 8 rows of bfloat16 take 35 microseconds instead of 115 (9 heads, 2 cores).
-        rows = scaled_dot_product_attention(
-            query.permute(2, 1, 0, 3), key, gated_value, scale=scaling
-        )
-        # (1, heads, batch, value_dim) -> (batch, 1, heads, value_dim)
-        return rows.permute(2, 0, 1, 3)
-    term = scaled_dot_product_attention(
-        query, key.expand(batch, -1, -1, -1), gated_value.expand(batch, -1, -1, -1), scale=scaling
-    )
+    batch, heads, query_len, head_dim = query.shape
+    # All rows have the same keys, so they are queries of one row, (1, heads, batch * query_len,
+    # head_dim): no copies of the keys, and a third less time for 8 rows at decoding.
+    rows = query.transpose(0, 1).reshape(1, heads, batch * query_len, head_dim)
+    term = scaled_dot_product_attention(rows, key, gated_value, scale=scaling)
     # (batch, query_len, heads, value_dim): the interface's layout.
-    return term.transpose(1, 2)
+    return term.reshape(heads, batch, query_len, -1).permute(1, 2, 0, 3)
+
+
+def fold_gate(
+    key: Float[Tensor, "kv_heads prompt_len head_dim"],
+    value: Float[Tensor, "kv_heads prompt_len value_dim"],
+    gate: Float[Tensor, " gates"],
+    *,
+    heads: int,
+) -> tuple[Tensor, Tensor]:
+    """Repeat keys and values for each query head, and multiply the values by its gate.
+
+    Args:
+        key: Keys of the prompt.
+        value: Values of the prompt.
+        gate: After its activation, dimensionless; one for each query head, or a single one.
+        heads: How many query heads there are.
+
+    Returns:
+        Keys `(1, heads, prompt_len, head_dim)` and gated values `(1, heads, prompt_len,
+        value_dim)`, for `baked_prompt_attention`; dtypes of `key` and `value`.
+
+    Example:
+        >>> key, gated = fold_gate(
+        ...     torch.ones(1, 3, 4), torch.ones(1, 3, 4), torch.tensor([0.0, 0.5]), heads=2
+        ... )
+        >>> gated[0, :, 0, 0]
+        tensor([0.0000, 0.5000])
+    """
+    groups = heads // key.shape[0]
+    wide = torch.promote_types(value.dtype, torch.float32)
+    gated = value.repeat_interleave(groups, dim=0).to(wide) * gate.to(wide).view(-1, 1, 1)
+    return key.repeat_interleave(groups, dim=0)[None], gated.to(value.dtype)[None]
+
+
+def _prefers_fused(query: Tensor) -> bool:
+    """Tell whether PyTorch's fused attention is the faster way to compute, and to differentiate.
+
+    Forward and backward of 4 x 256 tokens, 9 heads, on 2 cores: 3.0 ms instead of 4.8 in float32,
+    4.0 instead of 2.6 in bfloat16. In float16 a gated value may overflow, so its products are
+    taken in float32.
+    """
+    return query.dtype in (torch.float32, torch.float64) or (
+        query.dtype is torch.bfloat16 and query.is_cuda
+    )
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:

@@ -7,16 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, cast
 
-import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from surgery_adaption_prompt.architectures import BASE_ADAPTER_METHODS
 from surgery_adaption_prompt.attention import AdaptedAttention
 from surgery_adaption_prompt.base_check import BaseCheck, check_base
 from surgery_adaption_prompt.checkpoints import adapter_state, load_state_
 from surgery_adaption_prompt.config import PEFT_TYPE, AdaptionPromptConfig
-from surgery_adaption_prompt.folders import SavableAdapter, read_folder
+from surgery_adaption_prompt.folders import SavableAdapter, check_name, check_same_form, read_folder
 from surgery_adaption_prompt.operation import adapter_rules
 from surgery_adaption_prompt.text_init import Tokenizer, prompts_from_text
 from surgery_core import (
@@ -152,7 +151,7 @@ class AdaptionPromptModel(nn.Module):
         Raises:
             VariantError: There is no such adapter, or the new name is taken or no name for a folder.
         """
-        _check_name(new_name)
+        check_name(new_name)
         self.swap_state.rename(adapter_name, new_name)
         self.peft_config = {
             new_name if name == adapter_name else name: config
@@ -272,20 +271,20 @@ class AdaptionPromptModel(nn.Module):
         """Return the model that was passed in, with the active adapter's modules in it."""
         return self.model
 
-    @property
-    def config(self) -> PretrainedConfig:
-        """The base model's configuration."""
-        return self.model.config
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,  # noqa: ANN401 (the base's own)
+    ) -> None:
+        """Recompute activations in the backward pass; arguments are those of the base's method.
 
-    @property
-    def device(self) -> torch.device:
-        """The base model's device."""
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The base model's dtype."""
-        return self.model.dtype
+        Unlike the base's, it lets no gradient through the embeddings, so that layers below the
+        adapted ones are not differentiated; that takes `use_reentrant=False`, the default.
+        """
+        base = cast("Any", self.model)
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        if not (activation_checkpointing_kwargs or {}).get("use_reentrant", False):
+            base.disable_input_require_grads()
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return how many values are trained, and how many there are, in the model as it is."""
@@ -372,6 +371,35 @@ class AdaptionPromptModel(nn.Module):
         if self.swap_state.selected is None:
             self.swap_state.set(adapter_name)
 
+    def hotswap_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        *,
+        base_check: BaseCheck = "warn",
+    ) -> None:
+        """Put the tensors of a folder in the place of an adapter's, without new parameters.
+
+        What was compiled or captured for the adapter (`torch.compile`, CUDA graphs) stays good.
+
+        Args:
+            model_id: The folder; its adapter has the same layers, lengths and kind of gate.
+            adapter_name: The adapter whose values are replaced; it may be active.
+            base_check: What to do if the new one was trained for another base; see `check_base`.
+
+        Raises:
+            VariantError: There is no such adapter.
+            StateError: The tensors do not fit; nothing was changed.
+            OptionsError: The two compute otherwise, for example with another gate activation.
+        """
+        modules = self.swap_state.variant(adapter_name)
+        own = self.peft_config[adapter_name]
+        config, state = read_folder(self.model, model_id, is_trainable=not own.inference_mode)
+        check_same_form(own, config, folder=model_id)
+        check_base(model_id, self.adapter_modules(adapter_name), policy=base_check)
+        load_state_(modules, state)
+        self.peft_config[adapter_name] = replace(config, dtype=own.dtype)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -413,7 +441,7 @@ class AdaptionPromptModel(nn.Module):
         *,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        _check_name(name)
+        check_name(name)
         if config.init_from_text is not None and state is None and tokenizer is None:
             msg = (
                 f"Adapter {name!r} starts from a text: expected the base's tokenizer, got none. "
@@ -467,13 +495,3 @@ def _refuse_rows(kwargs: Mapping[str, object]) -> None:
             "set_adapter, and run the rows of each adapter on their own."
         )
         raise OptionsError(msg)
-
-
-def _check_name(name: str) -> None:
-    """Refuse names that cannot be a folder's, or that would hide what is in the folder."""
-    if not name or name != Path(name).name or name.startswith("."):
-        msg = (
-            f"Adapter name {name!r} cannot name a folder: expected one without separators that does "
-            "not begin with a dot. Choose another."
-        )
-        raise VariantError(msg)
