@@ -5,10 +5,9 @@ import copy
 import peft
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from support.families import VOCAB, build, open_gates_, randomize_, tokens
+from support.families import build, gpt2, open_gates_, tokens
 from surgery_adaption_prompt import (
     AdaptedAttention,
     AdaptionPromptConfig,
@@ -271,10 +270,7 @@ def test_gates_too_large_for_the_values_are_not_folded_in():
 
 
 def test_gpt2_is_baked_too():
-    sizes = {"vocab_size": VOCAB, "n_embd": 24, "n_head": 4, "n_layer": 3, "n_positions": 64}
-    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)
-    base = transformers.GPT2LMHeadModel(config).eval()
-    randomize_(base, 1)
+    base = gpt2()
     model = AdaptionPromptModel(base, {"a": A}, "a")
     open_gates_(model.adapter_modules("a"))
     trained = model(IDS).logits

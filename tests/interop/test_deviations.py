@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support.families import VOCAB, Shape, build, randomize_, tokens
+from support.families import Shape, build, gpt2, tokens
 from support.reference import reference_model
 from surgery_adaption_prompt import (
     AdaptionPromptConfig,
@@ -95,14 +95,6 @@ def logits(model, ids=None):
 
 def error(actual, expected):
     return ((actual - expected).abs().max() / expected.abs().max()).item()
-
-
-def gpt2():
-    sizes = {"vocab_size": VOCAB, "n_embd": 24, "n_head": 4, "n_layer": 3, "n_positions": 64}
-    ids = {"bos_token_id": 1, "eos_token_id": 2}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **ids)).eval()
-    randomize_(model, 1)
-    return model
 
 
 @deviation(1)

@@ -7,9 +7,8 @@ import pickle
 import peft
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
-from support.families import VOCAB, Shape, build, open_gates_, randomize_, tokens
+from support.families import Shape, build, gpt2, open_gates_, tokens
 from surgery_adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
 from surgery_adaption_prompt.architectures import architecture_of
 from surgery_adaption_prompt.config import OWN_TYPE
@@ -25,15 +24,6 @@ pytestmark = [
 FLOAT32 = 1e-5
 EVEN = Shape(heads=4, kv_heads=2, head_dim=6)
 FIELDS = {"adapter_len": 4, "adapter_layers": 2, "task_type": "CAUSAL_LM"}
-
-
-def gpt2(**fields):
-    """Return a GPT-2 that scales its logits in a way of its own, if asked."""
-    sizes = {"vocab_size": VOCAB, "n_embd": 24, "n_head": 4, "n_layer": 3, "n_positions": 64}
-    ids = {"bos_token_id": 1, "eos_token_id": 2}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **ids, **fields)).eval()
-    randomize_(model, 1)
-    return model
 
 
 def logits(model):

@@ -64,6 +64,15 @@ def build(family="llama", shape=None, *, backend="sdpa", dtype=torch.float32, se
     return model.to(dtype)
 
 
+def gpt2(**fields):
+    """Return a GPT-2 with three layers of four heads, hidden size 24, every parameter random."""
+    sizes = {"vocab_size": VOCAB, "n_embd": 24, "n_head": 4, "n_layer": 3, "n_positions": 64}
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **ids, **fields)).eval()
+    randomize_(model, 1)
+    return model
+
+
 def scaling(family, shape):
     """Return the factor on the logits, from the family's definition and not from its code."""
     return {"gemma3": 5**-0.5, "granite": 0.4}.get(family, shape.head_dim**-0.5)
