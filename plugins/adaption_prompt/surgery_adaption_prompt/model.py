@@ -54,6 +54,7 @@ class AdaptionPromptModel(nn.Module):
         ContractError: The modules cannot be adapted, or are adapted already.
 
     Example:
+        >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> base = LlamaForCausalLM(
         ...     LlamaConfig(
