@@ -74,7 +74,7 @@ docs-tables: .venv/.test
 
 .PHONY: bench
 bench: .venv/.test
-	$(BIN)/python benchmarks/bench.py --out benchmarks/results/cpu.md
+	$(BIN)/python benchmarks/bench.py --out-dir benchmarks/results
 
 .PHONY: clean
 clean:
