@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rows import Row
 
-COLOURS = {"peft": "#b35806", "ours": "#1f4e9c"}
-NAMES = {"peft": "PEFT", "ours": "ours"}
-OFFSETS = {"peft": -0.16, "ours": 0.16}
+COLOURS = {"base": "#777777", "peft": "#b35806", "ours": "#1f4e9c"}
+NAMES = {"base": "base", "peft": "PEFT", "ours": "ours"}
+OFFSETS = {"base": -0.16, "peft": -0.16, "ours": 0.16}
 SETTINGS = {
     # Text stays text, and the same results give the same file.
     "svg.fonttype": "none",

@@ -38,7 +38,7 @@ class Results:
         yield "Ratios are medians of the ratios round by round, with their quartiles."
         for reference, header in (
             ("base", "| | base | PEFT / base | ours / base | target | rounds |"),
-            ("peft", "| | PEFT | ours | ours / PEFT | target | rounds |"),
+            ("peft", "| | PEFT | ours | base / PEFT | ours / PEFT | target | rounds |"),
             ("none", "| | ours | rounds |"),
         ):
             found = [row for row in self.rows if row.reference == reference]
@@ -53,7 +53,12 @@ def line(row: Row) -> str:
         return f"| {row.name} | {row.note} |"
     cells = {
         "base": (_value(row, "base"), _ratio(row, "peft"), _ratio(row, "ours")),
-        "peft": (_value(row, "peft"), _value(row, "ours"), _ratio(row, "ours")),
+        "peft": (
+            _value(row, "peft"),
+            _value(row, "ours"),
+            _ratio(row, "base"),
+            _ratio(row, "ours"),
+        ),
         "none": (_value(row, "ours"),),
     }[row.reference]
     targets = () if row.reference == "none" else (_targets(row),)

@@ -25,6 +25,18 @@ def training(model: nn.Module) -> Step:
 
 
 @contextmanager
+def differentiated(base: nn.Module, layers: int) -> Iterator[None]:
+    """Let gradients of the base begin where the adapted layers do: the least that training can cost."""
+    base.requires_grad_(requires_grad=False)
+    below = [base.model.embed_tokens, *base.model.layers][-layers - 1]
+    handle = below.register_forward_hook(lambda _, __, output: output.detach().requires_grad_())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def in_training(models: dict[str, nn.Module], *, is_checkpointed: bool) -> Iterator[None]:
     """Set the mode, and checkpointing, for a while."""
     for model in models.values():
@@ -41,11 +53,14 @@ def in_training(models: dict[str, nn.Module], *, is_checkpointed: bool) -> Itera
 
 
 def case(setting: Setting, *, is_checkpointed: bool, is_memory: bool) -> Case:
-    """Return a row of PEFT and ours."""
+    """Return a row of PEFT, ours, and the base without anything to train."""
 
     def measure(models: Models, rounds: int) -> Samples:
         found = models.of(setting)
-        with in_training(found, is_checkpointed=is_checkpointed):
+        with (
+            differentiated(found["base"], setting.adapter_layers),
+            in_training(found, is_checkpointed=is_checkpointed),
+        ):
             steps = {side: training(model) for side, model in found.items()}
             if not is_memory:
                 return interleaved(steps, rounds)
@@ -67,7 +82,7 @@ def case(setting: Setting, *, is_checkpointed: bool, is_memory: bool) -> Case:
 def cases(device: str) -> Iterator[Case]:
     """Yield the rows for a device."""
     for layers in (30, 8):
-        setting = Setting(device=device, adapter_layers=layers, sides=("peft", "ours"))
+        setting = Setting(device=device, adapter_layers=layers)
         for is_memory in (False, True):
             for is_checkpointed in (False, True):
                 yield case(setting, is_checkpointed=is_checkpointed, is_memory=is_memory)

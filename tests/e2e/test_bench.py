@@ -36,9 +36,10 @@ def test_a_row_is_printed_and_written(tmp_path):
     written = (tmp_path / "cpu.md").read_text()
     assert written in found.stdout
     (row,) = tables(written).values()
-    peft, ours, ratio, target, rounds = row
+    peft, ours, base, ratio, target, rounds = row
     assert peft.endswith("s")
     assert ours.endswith("s")
+    assert "-" == base
     median, low, _, high = ratio.replace("(", "").replace(")", "").split()
     assert 0 < float(low) <= float(median) <= float(high)
     assert target in {"<= 0.50: met", "<= 0.50: missed"}
