@@ -39,9 +39,10 @@ from surgery_core.selectors import (
     parse_selector,
 )
 from surgery_core.session import Session
+from surgery_core.shown import Shown, format_table
 from surgery_core.slots import Site, Slot, SlotIndex
 from surgery_core.surgery import Plan, Replacement, Surgery
-from surgery_core.swap import SwapState
+from surgery_core.swap import Loans, SwapState
 from surgery_core.transaction import OnWrite, Transaction
 
 __version__ = "0.1.0.dev0"
@@ -56,6 +57,7 @@ __all__ = [
     "Effects",
     "Exact",
     "Glob",
+    "Loans",
     "NoMatchError",
     "OfClass",
     "OnWrite",
@@ -72,6 +74,7 @@ __all__ = [
     "Selector",
     "SelectorError",
     "Session",
+    "Shown",
     "Site",
     "Slot",
     "SlotIndex",
@@ -87,6 +90,7 @@ __all__ = [
     "VariantError",
     "Where",
     "fingerprint",
+    "format_table",
     "hookimpl",
     "listed",
     "parse_selector",

@@ -1,6 +1,6 @@
 """What a replacement takes over from the module it replaces, and hands back when it leaves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,10 @@ HOOK_TABLES = (
     "_load_state_dict_post_hooks",
 )
 """Tables in which `nn.Module` (torch 2.6 to 2.13) keeps hooks and their options."""
+
+
+Owners = Callable[[], Mapping[int, Sequence[str]]]
+"""Looks up the FQNs of every tensor in a model, by `id`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,50 +73,62 @@ class CarryOver:
         return f"{self.fqn or '(root)'}: {', '.join(parts)}"
 
 
-def carry_over(
-    old: nn.Module, new: nn.Module, *, fqns: Sequence[str], owners: Mapping[int, list[str]]
-) -> CarryOver:
+def carry_over(old: nn.Module, new: nn.Module, *, fqns: Sequence[str], owners: Owners) -> CarryOver:
     """Give `new`, which is not in the model yet, the hooks and the mode of `old`.
 
     Args:
         old: The module in the model; not changed.
         new: Its replacement; may hold `old`, or modules of it.
         fqns: Every FQN of the place, the one for errors and the report first.
-        owners: FQNs of every tensor in the model, by `id`.
+        owners: Asked only if a tensor of `old` is left behind.
 
     Raises:
         ContractError: A tensor that `new` adds is on another device than `old`.
     """
     fqn = fqns[0]
-    old_modules = {id(module) for module in old.modules()}
-    old_tensors = {id(tensor): tensor for tensor in _tensors(old)}
-    added = [tensor for tensor in _tensors(new) if id(tensor) not in old_tensors]
-    devices = {tensor.device for tensor in old_tensors.values()}
-    strangers = {tensor.device for tensor in added} - devices
-    if devices and strangers:
+    # Where both have one table of children, only what they hold themselves can differ.
+    is_deep = not shares_children(old, new)
+    old_modules = {id(module) for module in old.modules()} if is_deep else {id(old)}
+    new_modules = list(new.modules()) if is_deep else [new]
+    old_tensors = {id(tensor): tensor for tensor in _tensors(old, is_deep=is_deep)}
+    new_tensors = {id(tensor): tensor for tensor in _tensors(new, is_deep=is_deep)}
+    added = [tensor for key, tensor in new_tensors.items() if key not in old_tensors]
+    left = [key for key in old_tensors if key not in new_tensors]
+    devices, strangers = set(), {tensor.device for tensor in added}
+    anchor = next(_tensors(old, is_deep=True), None) if added else None
+    # Nearly always all tensors are where the first one is.
+    if anchor is not None and strangers != {anchor.device}:
+        devices = {tensor.device for tensor in _tensors(old, is_deep=True)}
+    if devices and strangers - devices:
+        strangers -= devices
         msg = (
             f"Replacement {type(new).__name__} is on another device at {fqn!r}: expected "
             f"{listed(sorted(map(str, devices)))}, got {listed(sorted(map(str, strangers)))}. "
             "Create its tensors on the device of the module it replaces."
         )
         raise ContractError(msg, fqn=fqn, expected=devices, actual=strangers)
-    for module in new.modules():
+    for module in new_modules:
         if id(module) not in old_modules:
             module.training = old.training
-    kept_tensors = {id(tensor) for tensor in _tensors(new)}
     return CarryOver(
         fqn=fqn,
-        hooks="kept" if id(old) in {id(m) for m in new.modules()} else _carry_hooks(old, new),
+        hooks="kept" if any(m is old for m in new_modules) else _carry_hooks(old, new),
         training=old.training,
         devices=tuple(sorted({str(tensor.device) for tensor in added})),
         num_trainable=sum(tensor.numel() for tensor in added if tensor.requires_grad),
-        attributes_dropped=tuple(sorted(vars(old).keys() - vars(new).keys())),
+        attributes_dropped=tuple(
+            sorted(
+                name
+                for name in vars(old).keys() - vars(new).keys()
+                # A property answers for it.
+                if not any(name in vars(cls) for cls in type(new).__mro__)
+            )
+        ),
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in added})),
         ties_broken=tuple(
             other
-            for tensor_id in old_tensors
-            if tensor_id not in kept_tensors
-            for other in owners.get(tensor_id, ())
+            for key in left
+            for other in owners().get(key, ())
             if not any(_is_inside(other, place) for place in fqns)
         ),
     )
@@ -178,8 +194,20 @@ def _is_inside(fqn: str, parent: str) -> bool:
     return not parent or fqn == parent or fqn.startswith(f"{parent}.")
 
 
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
+def shares_children(old: nn.Module, new: nn.Module) -> bool:
+    """Tell whether two modules have one table of children, so that each has whatever the other has."""
+    return new._modules is old._modules  # noqa: SLF001 (torch's registry)
+
+
+def _tensors(module: nn.Module, *, is_deep: bool) -> Iterator[torch.Tensor]:
+    """Yield the tensors of a module, also those of its children if `is_deep`; some more than once."""
+    # The registries themselves: `parameters()` takes ten times as long for a module this small.
+    for table in (module._parameters, module._buffers):  # noqa: SLF001 (torch's registries)
+        yield from (tensor for tensor in table.values() if tensor is not None)
+    if is_deep:
+        for child in module._modules.values():  # noqa: SLF001 (same)
+            if child is not None:
+                yield from _tensors(child, is_deep=True)
 
 
 def tensor_owners(model: nn.Module) -> dict[int, list[str]]:

@@ -1,4 +1,4 @@
-"""The command line: which plugins there are, and what an operation would change."""
+"""The command line: which plugins there are, what an operation would change, what is saved."""
 
 import importlib
 import json
@@ -8,12 +8,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from surgery_core.errors import OptionsError, SurgeryError
 from surgery_core.plan import Rule
 from surgery_core.session import Session
+from surgery_core.shown import Shown
 
 app = typer.Typer(
     help="Plan changes to the modules of a PyTorch model.",
@@ -23,6 +24,9 @@ app = typer.Typer(
 
 EXIT_CHANGES = 2
 """Exit status of `surgery plan` when there is something to change."""
+
+UNFOLDED = 10_000
+"""Columns a pipe or a file is given, so that no line of a table is folded there."""
 
 
 @app.callback()
@@ -80,6 +84,32 @@ def plan(
     raise typer.Exit(EXIT_CHANGES if document.edits else 0)
 
 
+@app.command()
+def show(
+    source: Annotated[
+        str, typer.Argument(help="What a plugin saved, for example a folder with adapters.")
+    ],
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a plugin saved, without a model. Exit status: 0, or 1 on an error."""
+    try:
+        shown = Session().plugins.show(source)
+        if not isinstance(shown, Shown):
+            msg = (
+                f"Source {source!r} cannot be shown: expected something that an installed plugin "
+                f"saved, got {shown!r} from the plugins. See `surgery plugins`."
+            )
+            raise OptionsError(msg)
+    except SurgeryError as err:
+        typer.echo(f"error: {err}", err=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        typer.echo(json.dumps(shown.data, indent=2))
+        return
+    _print(shown)
+
+
 _UsageError: Any = typer.BadParameter.__base__
 """Root of typer's errors about wrong usage, which typer does not export by its own name."""
 
@@ -92,6 +122,25 @@ def run() -> None:
         err.show()
         status = 1
     sys.exit(status)
+
+
+def _print(shown: Shown) -> None:
+    """Print a table, or a block of lines for each row where the terminal is too narrow for it."""
+    # Names come from files: square brackets in them are no markup.
+    console = Console(markup=False, emoji=False, highlight=False)
+    table = Table(*shown.columns)
+    for row in shown.rows:
+        table.add_row(*row)
+    wanted = console.measure(table, options=console.options.update(width=UNFOLDED)).maximum
+    if not console.is_terminal:
+        console.width = UNFOLDED
+    elif wanted > console.width:
+        table = Table(Column(overflow="fold"), Column(overflow="fold"), show_header=False)
+        for row in shown.rows:
+            for cells in zip(shown.columns, row, strict=True):
+                table.add_row(*cells)
+            table.add_section()
+    console.print(shown.title, table, *shown.notes, sep="\n")
 
 
 def _load(session: Session, source: str) -> nn.Module:

@@ -11,6 +11,7 @@ import pluggy
 from torch import nn
 
 from surgery_core.plan import Operation
+from surgery_core.shown import Shown
 from surgery_core.surgery import Surgery
 
 PROJECT = "surgery_core"
@@ -36,6 +37,19 @@ def surgery_load_skeleton(source: str) -> nn.Module | None:
 
     Called by `surgery plan` for a source that is not `package.module:factory`, until a plugin
     answers. Return None for a source that is not yours; an exception ends the command.
+
+    Args:
+        source: What the user wrote: a folder, a file or an identifier.
+    """
+
+
+@hookspec(firstresult=True)
+def surgery_show(source: str) -> Shown | None:
+    """Say what is saved in `source`, without building a model.
+
+    Called by `surgery show` until a plugin answers. Return None for a source that is not yours; an
+    exception ends the command. Two plugins must not know the same source: which of them is asked
+    first is not defined.
 
     Args:
         source: What the user wrote: a folder, a file or an identifier.

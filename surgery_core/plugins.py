@@ -20,6 +20,7 @@ from surgery_core.errors import (
 )
 from surgery_core.hookspecs import PROJECT
 from surgery_core.plan import Operation
+from surgery_core.shown import Shown
 from surgery_core.surgery import Surgery
 
 BLOCK_VARIABLE = "SURGERY_BLOCK_PLUGINS"
@@ -102,6 +103,11 @@ class Plugins:
     def load_skeleton(self, source: str) -> nn.Module | None:
         """Ask the plugins for the model a source names, without weights; None if nobody knows it."""
         found: nn.Module | None = self._manager.hook.surgery_load_skeleton(source=source)
+        return found
+
+    def show(self, source: str) -> Shown | None:
+        """Ask the plugins what is saved in a source; None if nobody knows it."""
+        found: Shown | None = self._manager.hook.surgery_show(source=source)
         return found
 
     def notify_applied(self, surgery: Surgery) -> None:

@@ -77,6 +77,27 @@ class RootCell:
         return self.cell[0]
 
 
+def registered(
+    root: nn.Module, *, originals: Mapping[int, nn.Module] | None = None
+) -> list[nn.Module]:
+    """Return every registered module under a root, again for each place that holds it.
+
+    Args:
+        root: The module to begin with.
+        originals: See `SlotIndex`.
+    """
+    shown = originals or {}
+    found = [root]
+    # The list grows while it is gone through.
+    for place, module in enumerate(found):
+        if id(module) in shown:
+            module = found[place] = shown[id(module)]  # noqa: PLW2901 (looks through it)
+        for child in module._modules.values():  # noqa: SLF001 (torch's registry)
+            if child is not None:
+                found.append(child)  # noqa: PERF401 (faster than a list for each module)
+    return found
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Site:
     """A module and every slot that holds it.

@@ -1,15 +1,26 @@
 """Apply a plan and revert it: every replacement is built and checked before the first write."""
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from surgery_core.carry import CarryOver, carry_over, hand_over, hook_ids, tensor_owners
+from surgery_core.carry import (
+    CarryOver,
+    Owners,
+    carry_over,
+    hand_over,
+    hook_ids,
+    shares_children,
+    tensor_owners,
+)
 from surgery_core.errors import ContractError, SurgeryError, listed
 from surgery_core.plan import BoundRule, Claim, PlanDocument, TensorSpec, draft
-from surgery_core.slots import RootCell, Site, SlotKind, check_holds
+from surgery_core.slots import RootCell, Site, SlotKind, check_holds, registered
 from surgery_core.transaction import OnWrite, Transaction
 
 Observer = Callable[["Surgery"], None]
@@ -61,6 +72,7 @@ class Plan:
         self.document = document
         self._on_applied = on_applied
         self._on_reverted = on_reverted
+        self._seen: tuple[tuple[weakref.ref[nn.Module], list[torch.dtype]], ...] = ()
 
     @classmethod
     def draft(
@@ -85,10 +97,31 @@ class Plan:
             SurgeryError: See `surgery_core.plan.draft`.
         """
         claims, document = draft(model, rules, originals=originals)
-        return cls(model, claims, document, on_applied=on_applied, on_reverted=on_reverted)
+        plan = cls(model, claims, document, on_applied=on_applied, on_reverted=on_reverted)
+        plan._seen = tuple(
+            (weakref.ref(found), _dtypes(found)) for found in registered(model, originals=originals)
+        )
+        return plan
 
     def __str__(self) -> str:
         return self.document.render()
+
+    def sees_same_modules(self, *, originals: Mapping[int, nn.Module] | None = None) -> bool:
+        """Tell whether the model has the very modules and dtypes it had when the plan was drafted.
+
+        If so, drafting it again would claim the same; values and devices may have changed.
+
+        Args:
+            originals: Modules to look through; see `SwapState.originals`.
+        """
+        now = registered(self.model, originals=originals)
+        if len(now) != len(self._seen):
+            return False
+        # A plain loop, since adapters are added by the thousand.
+        for (reference, dtypes), found in zip(self._seen, now, strict=True):
+            if reference() is not found or (found._parameters and dtypes != _dtypes(found)):  # noqa: SLF001 (torch's registry)
+                return False
+        return True
 
     def build(self) -> tuple[Replacement, ...]:
         """Build and check every replacement; the model is not changed.
@@ -96,7 +129,7 @@ class Plan:
         Raises:
             ContractError: A replacement does not keep what its operation declared.
         """
-        owners = tensor_owners(self.model)
+        owners = cache(partial(tensor_owners, self.model))
         seen: set[int] = set()
         return tuple(_build_one(claim, owners, seen) for claim in self.claims)
 
@@ -204,7 +237,7 @@ class Surgery:
         return self.plan.model
 
 
-def _build_one(claim: Claim, owners: Mapping[int, list[str]], seen: set[int]) -> Replacement:
+def _build_one(claim: Claim, owners: Owners, seen: set[int]) -> Replacement:
     site = claim.site
     new = claim.operation.build(site, claim.options)
     subject = f"Operation {claim.operation.name!r} broke its contract at {site.fqn!r}"
@@ -212,8 +245,8 @@ def _build_one(claim: Claim, owners: Mapping[int, list[str]], seen: set[int]) ->
         msg = f"{subject}: expected a new torch.nn.Module for each site, got {new!r:.80}."
         raise ContractError(msg, fqn=site.fqn, expected=nn.Module, actual=type(new))
     seen.add(id(new))
-    built = new.state_dict(keep_vars=True)
-    before, after = set(site.module.state_dict(keep_vars=True)), set(built)
+    built, original = _state(new, site.module), _state(site.module, new)
+    before, after = set(original), set(built)
     promised = {spec.name for spec in claim.effects.added}, set(claim.effects.removed)
     found = after - before, before - after
     if found != promised:
@@ -223,14 +256,46 @@ def _build_one(claim: Claim, owners: Mapping[int, list[str]], seen: set[int]) ->
             f"{listed(sorted(found[1]))}. Make `describe` and `build` agree."
         )
         raise ContractError(msg, fqn=site.fqn, expected=promised, actual=found)
-    described = {spec.name: _spec_of(spec.name, built[spec.name]) for spec in claim.effects.added}
-    wrong = [spec for spec in claim.effects.added if spec != described[spec.name]]
+    wrong = [spec for spec in claim.effects.added if not _fits(spec, built[spec.name])]
     if wrong:
-        first, actual = wrong[0], described[wrong[0].name]
+        first, actual = wrong[0], _spec_of(wrong[0].name, built[wrong[0].name])
         msg = f"{subject}: expected {first}, got {actual}. Make `describe` and `build` agree."
         raise ContractError(msg, fqn=site.fqn, expected=first, actual=actual)
     report = carry_over(site.module, new, fqns=site.fqns, owners=owners)
     return Replacement(site=site, module=new, carry_over=report, known_hooks=hook_ids(new))
+
+
+def _state(module: nn.Module, other: nn.Module) -> dict[str, Any]:
+    """Return a module's state dict, without children's entries if `other` has the very same ones."""
+    found: dict[str, Any] = {}
+    if shares_children(module, other) and _has_plain_state(module) and _has_plain_state(other):
+        module._save_to_state_dict(found, "", keep_vars=True)  # noqa: SLF001 (torch's own step for one module)
+    else:
+        module.state_dict(destination=found, keep_vars=True)
+    return found
+
+
+def _has_plain_state(module: nn.Module) -> bool:
+    """Tell whether a module's state dict is what it holds itself, and what its children do."""
+    return (
+        type(module).state_dict is nn.Module.state_dict
+        and not module._state_dict_hooks  # noqa: SLF001 (torch's registry)
+        and not module._state_dict_pre_hooks  # noqa: SLF001 (same)
+    )
+
+
+def _dtypes(module: nn.Module) -> list[torch.dtype]:
+    return [p.dtype for p in module._parameters.values() if p is not None]  # noqa: SLF001 (torch's registry)
+
+
+def _fits(spec: TensorSpec, value: object) -> bool:
+    """Tell whether an entry of a state dict is what `_spec_of` would describe so."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.shape == spec.shape
+        and str(value.dtype) == f"torch.{spec.dtype}"
+        and value.requires_grad is spec.trainable
+    )
 
 
 def _spec_of(name: str, value: object) -> TensorSpec | None:

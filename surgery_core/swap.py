@@ -5,26 +5,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from types import MappingProxyType
 from typing import Self
 
 import torch
 from torch import nn
 
-from surgery_core.carry import hand_over
+from surgery_core.carry import hand_over, shares_children
 from surgery_core.errors import DriftError, VariantError, listed
+from surgery_core.follow import Anchors, anchor_of, apply_own, catch_up, is_at, shares_tensors
 from surgery_core.slots import Site, check_holds
 from surgery_core.surgery import Plan, Replacement
 from surgery_core.transaction import Move, OnWrite, Transaction
 
-Path = tuple[tuple[Mapping[str, object], str, object], ...]
-"""The way from a module down to a parameter: each table, the name in it, and what was there."""
-
-Anchor = tuple[Path, nn.Parameter, torch.device, torch.dtype]
-"""A module's first floating-point parameter, how it is reached, where it is, and its dtype."""
-
-Anchors = Mapping[str, Anchor | None]
-"""By the FQN of the module's place; shared between variants, so never changed, only replaced."""
+Loans = Mapping[str, Mapping[str, str]]
+"""By the name of a variant that lends: names of parameters in the borrower, and in the lender."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -49,6 +44,10 @@ class SwapState(nn.Module):
     otherwise when they are next put in the model, from what became of the originals. Originals that
     the active variant does not hold follow it when they are put back.
 
+    A variant may borrow parameters of others (`add` with `loans`): while it is active, its lenders
+    are lent, not stored. Where the active variant has no module, `underlay` may put another than the
+    original.
+
     A hook registered on a module of the active variant stays with that module, unless it shares the
     hook tables of its original: then it stays with the place.
 
@@ -64,6 +63,9 @@ class SwapState(nn.Module):
         self._sites: dict[str, Site] = {}
         self._num_uses: Counter[str] = Counter()
         self._store: dict[str, _Stored] = {}
+        self._loans: dict[str, Loans] = {}
+        self._lent: dict[str, dict[str, nn.Module]] = {}
+        self._floor: dict[str, nn.Module] = {}
         self._active: dict[str, nn.Module] = {}
         self._active_anchors: Anchors = {}
         self._selected: str | None = None
@@ -91,9 +93,14 @@ class SwapState(nn.Module):
         return tuple(self._store)
 
     @property
+    def lent(self) -> tuple[str, ...]:
+        """Names of the variants whose parameters the active variant has borrowed."""
+        return tuple(self._lent)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of all variants, sorted."""
-        return tuple(sorted({*self._store, *([self.active] if self.active else [])}))
+        return tuple(sorted({*self._store, *self._lent, *([self.active] if self.active else [])}))
 
     def variant(self, name: str) -> dict[str, nn.Module]:
         """Return the modules of a variant by the FQN of their place, wherever they are now.
@@ -102,29 +109,52 @@ class SwapState(nn.Module):
             VariantError: There is no such variant.
         """
         self._require(name)
+        if name in self._lent:
+            self._settle()
+            return dict(self._lent[name])
         return dict(self._active if name == self.active else self._store[name].modules)
 
-    def originals(self) -> dict[int, nn.Module]:
-        """Return what the modules of the active variant stand for, by their `id`.
+    def caught_up(self, name: str) -> dict[str, nn.Module]:
+        """Return the modules of a variant after they followed the model, to be used where they are.
 
-        Planning with it sees the model as it is without the active variant.
+        Raises:
+            VariantError: There is no such variant.
         """
-        return {id(module): self._sites[fqn].module for fqn, module in self._active.items()}
+        if name in self._store:
+            self._store[name] = self._followed(self._store[name])
+        return self.variant(name)
 
-    def add(self, name: str, plan: Plan) -> None:
+    @property
+    def sites(self) -> Mapping[str, Site]:
+        """Places of all variants by FQN, with what was there before; read-only."""
+        return MappingProxyType(self._sites)
+
+    def originals(self) -> dict[int, nn.Module]:
+        """Return what the modules put in the model stand for, by their `id`.
+
+        Planning with it sees the model as it is without them.
+        """
+        placed = {**self._floor, **self._active}
+        return {id(module): self._sites[fqn].module for fqn, module in placed.items()}
+
+    def add(self, name: str, plan: Plan, *, loans: Loans | None = None) -> None:
         """Build a variant from a plan and store it; which variant is active does not change.
 
         Args:
             name: Not taken yet.
             plan: For this model, drafted with `originals()`.
+            loans: Parameters that the variant's modules have in common with those of other variants
+                at the same FQN. It has them while it is active, and gives them back when it leaves.
 
         Raises:
-            VariantError: The name is taken or empty, the plan is for another model or its root, or
-                a replacement takes in a module of the active variant.
+            VariantError: The name is taken or empty, the plan is for another model or its root, a
+                replacement takes in a module of the active variant, or a lender does not exist.
             DriftError: An original at a site known already has been replaced.
             ContractError: A replacement does not keep what its operation declared.
         """
         self._require_free(name)
+        for lender in loans or {}:
+            self._require(lender)
         self._check_plan(name, plan)
         replacements = plan.build()
         self._check_built(name, replacements)
@@ -132,6 +162,8 @@ class SwapState(nn.Module):
             self._sites.setdefault(item.site.fqn, item.site)
             self._num_uses[item.site.fqn] += 1
         self._store[name] = self._stored({item.site.fqn: item.module for item in replacements})
+        if loans:
+            self._loans[name] = loans
 
     def set(self, name: str) -> None:
         """Select a variant; unless disabled, put it in the place of the active one.
@@ -173,11 +205,29 @@ class SwapState(nn.Module):
             if was_enabled:
                 self.enable()
 
+    def underlay(self, modules: Mapping[str, nn.Module]) -> None:
+        """Put modules where the active variant has none; an empty mapping puts the originals there.
+
+        Args:
+            modules: By FQN, each of a place of some variant.
+
+        Raises:
+            VariantError: No variant has such a place.
+            DriftError: See `set`.
+        """
+        unknown = sorted(modules.keys() - self._sites.keys())
+        if unknown:
+            msg = f"Underlay has modules for {listed(unknown)}: expected places of variants."
+            raise VariantError(msg)
+        self._write(self._moves(self._active, modules))
+        self._floor = dict(modules)
+
     def delete(self, name: str, *, then: str | None = None) -> None:
         """Forget a variant; if it is selected, select `then` in the same step.
 
         Raises:
-            VariantError: `name` or `then` does not exist, or they are the same.
+            VariantError: `name` or `then` does not exist, or they are the same, or `name` lends to
+                another variant.
             DriftError: See `set`.
         """
         self._require(name)
@@ -186,25 +236,30 @@ class SwapState(nn.Module):
         if then == name:
             msg = f"Variant {name!r} cannot be selected after its own deletion. Name another."
             raise VariantError(msg)
+        self._require_no_loan(name)
         if name == self._selected:
             self._move(then, is_enabled=self._is_enabled)
         for fqn in self._store.pop(name).modules:
             self._num_uses[fqn] -= 1
             if not self._num_uses[fqn]:
                 del self._num_uses[fqn], self._sites[fqn]
+        self._loans.pop(name, None)
 
     def rename(self, name: str, new_name: str) -> None:
         """Give a variant another name; the model is not touched.
 
         Raises:
-            VariantError: `name` does not exist or `new_name` is taken.
+            VariantError: `name` does not exist or lends to another variant, or `new_name` is taken.
         """
         self._require(name)
         self._require_free(new_name)
+        self._require_no_loan(name)
         if name in self._store:
             self._store = {
                 new_name if key == name else key: value for key, value in self._store.items()
             }
+        if name in self._loans:
+            self._loans[new_name] = self._loans.pop(name)
         if name == self._selected:
             self._selected = new_name
 
@@ -236,9 +291,15 @@ class SwapState(nn.Module):
         """Refuse replacements that took in a module of the active variant, which leaves with it."""
         originals = self.originals()
         roots = (*self._model, *originals.values())
+        # With the original's own table of children a module has whatever that has.
+        suspects = [
+            item for item in replacements if not shares_children(item.site.module, item.module)
+        ]
+        if not suspects:
+            return
         # Where a table of children belongs to the base, the active module in it is exchanged later.
         live = {id(found._modules) for root in roots for found in root.modules()}  # noqa: SLF001 (torch's registry)
-        for item in replacements:
+        for item in suspects:
             held = [child for child in _own_children(item.module, live) if id(child) in originals]
             if held:
                 msg = (
@@ -250,93 +311,145 @@ class SwapState(nn.Module):
 
     def _move(self, target: str | None, *, is_enabled: bool) -> None:
         """Make `target` the selected variant, and active if `is_enabled`; the one transition."""
-        entering = self._store[target].modules if target is not None and is_enabled else {}
-        leaving, sites = self._active, self._sites
+        active, store, leaving = self.active, self._store, self._active
+        self._settle()
+        returned = {name: self._stored(modules) for name, modules in self._lent.items()}
+        entered = target if is_enabled else None
+        lenders = self._loans.get(entered, {}) if entered is not None else {}
+        taken = [] if entered is None else [entered, *lenders]
+        if active is not None and active in lenders:
+            returned[active] = self._stored(leaving)
+        found = {name: returned[name] if name in returned else store[name] for name in taken}
+        entering = found[entered].modules if entered is not None else {}
+        moves = self._moves(entering, self._floor)
+        self._follow_active()
+        found = {name: self._followed(stored) for name, stored in found.items()}
+        for lender, names in lenders.items():
+            _share(found[lender].modules, entering, names)
+        self._write(moves)
+        store.update(returned)
+        if active is not None and active not in lenders:
+            known = found[entered].anchors if entered is not None else None
+            store[active] = self._stored(leaving, known)
+        for name in taken:
+            del store[name]
+        self._lent = {name: found[name].modules for name in lenders}
+        self._active, self._selected, self._is_enabled = entering, target, is_enabled
+        self._active_anchors = {
+            fqn: anchor_of(module)
+            for fqn, module in entering.items()
+            if not shares_tensors(module, self._sites[fqn].module)
+        }
+
+    def _moves(
+        self, entering: Mapping[str, nn.Module], floor: Mapping[str, nn.Module]
+    ) -> list[Move]:
+        """Return the writes that put a variant over an underlay, after checking what is there now."""
+        sites, before, after = self._sites, self._active, entering
+        if self._floor:
+            before = {**self._floor, **before}
+        if floor:
+            after = {**floor, **after}
         # Plain loops, since a switch is done for every request: about two microseconds a module.
         moves: list[Move] = []
-        for fqn, new in entering.items():
+        for fqn, new in after.items():
             site = sites[fqn]
-            old = leaving.get(fqn, site.module)
+            old = before.get(fqn, site.module)
             for slot in site.slots:
                 moves.append((slot, old, new))  # noqa: PERF401 (same)
-        for fqn, old in leaving.items():
-            if fqn not in entering:
+        for fqn, old in before.items():
+            if fqn not in after:
                 moves += [(slot, old, sites[fqn].module) for slot in sites[fqn].slots]
         check_holds(
             [(slot, old) for slot, old, _ in moves],
             subject="Model under variants",
             fix="Put the module named back before changing variants.",
         )
-        self._follow_active()
-        anchors: Anchors = {}
-        if target is not None and is_enabled:
-            anchors = self._follow(target)
+        return moves
+
+    def _write(self, moves: list[Move]) -> None:
         with Transaction(on_write=self.on_write) as transaction:
             transaction.replace_all(moves)
         for _, old, new in moves:
             if new.training is not old.training or new._backward_hooks:  # noqa: SLF001 (when `hand_over` has anything to do)
                 hand_over(old, new)
-        if self.active is not None:
-            self._store[self.active] = self._stored(leaving, anchors)
-        if target is not None and is_enabled:
-            del self._store[target]
-        self._active, self._selected, self._is_enabled = entering, target, is_enabled
-        self._active_anchors = {
-            fqn: _anchor(module)
-            for fqn, module in entering.items()
-            if not _shares_tensors(module, sites[fqn].module)
-        }
+
+    def _settle(self) -> None:
+        """Let the lent variants have the very parameters that the active variant has now."""
+        for lender, modules in self._lent.items():
+            names = self._loans[self._selected or ""][lender]
+            _share(self._active, modules, {theirs: own for own, theirs in names.items()})
 
     def _stored(self, modules: dict[str, nn.Module], known: Anchors | None = None) -> _Stored:
         """Store modules, with anchors that are `known` to be right or computed now."""
         anchors = known or {}
         if anchors.keys() != modules.keys():
             anchors = {
-                fqn: anchors[fqn] if fqn in anchors else _anchor(self._sites[fqn].module)
+                fqn: anchors[fqn] if fqn in anchors else anchor_of(self._sites[fqn].module)
                 for fqn in modules
             }
         return _Stored(modules=modules, anchors=anchors)
 
-    def _follow(self, name: str) -> Anchors:
-        """Move the tensors of a stored variant to where the originals went; return where that is."""
-        stored = self._store[name]
-        moved = [fqn for fqn, anchor in stored.anchors.items() if not _is_at(anchor)]
-        if moved:
-            anchors = dict(stored.anchors)
-            for fqn in moved:
-                original = self._sites[fqn].module
-                anchors[fqn] = _catch_up(stored.modules[fqn], original, anchors[fqn])
-            self._store[name] = _Stored(modules=stored.modules, anchors=anchors)
-        return self._store[name].anchors
+    def _followed(self, stored: _Stored) -> _Stored:
+        """Move the tensors of a variant to where the originals went; return it with where that is."""
+        moved = [fqn for fqn, anchor in stored.anchors.items() if not is_at(anchor)]
+        if not moved:
+            return stored
+        anchors = dict(stored.anchors)
+        for fqn in moved:
+            original = self._sites[fqn].module
+            anchors[fqn] = catch_up(stored.modules[fqn], original, anchors[fqn])
+        return _Stored(modules=stored.modules, anchors=anchors)
 
     def _follow_active(self) -> None:
         """Move originals outside the model to where the active variant went since it was put there."""
-        moved = [fqn for fqn, anchor in self._active_anchors.items() if not _is_at(anchor)]
+        moved = [fqn for fqn, anchor in self._active_anchors.items() if not is_at(anchor)]
         if moved:
             anchors = dict(self._active_anchors)
             for fqn in moved:
                 original = self._sites[fqn].module
-                anchors[fqn] = _catch_up(original, self._active[fqn], anchors[fqn])
+                anchors[fqn] = catch_up(original, self._active[fqn], anchors[fqn])
             self._active_anchors = anchors
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 (torch's signature)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._settle()
         for name, stored in self._store.items():
             for fqn, module in stored.modules.items():
-                _apply_own(module, self._sites[fqn].module, fn)
+                apply_own(module, self._sites[fqn].module, fn)
             self._store[name] = self._stored(stored.modules)
         return self
 
     def _require(self, name: str) -> None:
-        if name not in self._store and name != self.active:
+        if name not in self._store and name not in self._lent and name != self.active:
             msg = f"Variant {name!r} does not exist: expected one of {listed(self.names)}."
             raise VariantError(msg)
 
     def _require_free(self, name: str) -> None:
-        if not name or name in self._store or name == self.active:
+        if not name or name in self._store or name in self._lent or name == self.active:
             reason = "is taken" if name else "is empty"
             msg = f"Variant name {name!r} {reason}: there are {listed(self.names)}. Choose another."
             raise VariantError(msg)
+
+    def _require_no_loan(self, name: str) -> None:
+        borrowers = sorted(other for other, loans in self._loans.items() if name in loans)
+        if borrowers:
+            msg = (
+                f"Variant {name!r} lends parameters to {listed(borrowers)}: expected one that lends "
+                "to none. Delete what borrows first."
+            )
+            raise VariantError(msg)
+
+
+def _share(
+    given: Mapping[str, nn.Module], to: Mapping[str, nn.Module], names: Mapping[str, str]
+) -> None:
+    """Let modules have parameters of others at the same FQN: `names` are theirs, and those given."""
+    for fqn in given.keys() & to.keys():
+        source, own = given[fqn]._parameters, to[fqn]._parameters  # noqa: SLF001 (torch's registry)
+        for name, other in names.items():
+            if own[name] is not source[other]:
+                own[name] = source[other]
 
 
 def _own_children(module: nn.Module, live: AbstractSet[int]) -> Iterator[nn.Module]:
@@ -346,56 +459,3 @@ def _own_children(module: nn.Module, live: AbstractSet[int]) -> Iterator[nn.Modu
     for child in module.children():
         yield child
         yield from _own_children(child, live)
-
-
-def _to(tensor: torch.Tensor, *, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
-    return tensor.to(device, dtype if tensor.is_floating_point() else None)
-
-
-def _catch_up(module: nn.Module, moved: nn.Module, before: Anchor | None) -> Anchor | None:
-    """Move `module` as `moved` was since its anchor was `before`; return the anchor now."""
-    now = _anchor(moved)
-    if before is not None and now is not None and before[2:] != now[2:]:
-        # A dtype that did not change is not imposed: adapters may be kept in a wider one.
-        dtype = now[3] if now[3] is not before[3] else None
-        _apply_own(module, moved, partial(_to, device=now[2], dtype=dtype))
-    return now
-
-
-def _anchor(module: nn.Module) -> Anchor | None:
-    for name, parameter in module._parameters.items():  # noqa: SLF001 (torch's registry)
-        if parameter is not None and parameter.is_floating_point():
-            step = (module._parameters, name, parameter)  # noqa: SLF001 (same)
-            return (step,), parameter, parameter.device, parameter.dtype
-    for name, child in module._modules.items():  # noqa: SLF001 (same)
-        if child is not None and (found := _anchor(child)) is not None:
-            path, parameter, device, dtype = found
-            return ((module._modules, name, child), *path), parameter, device, dtype  # noqa: SLF001 (same)
-    return None
-
-
-def _is_at(anchor: Anchor | None) -> bool:
-    """Tell whether the module of an anchor would give the same anchor now."""
-    if anchor is None:
-        return False
-    path, parameter, device, dtype = anchor
-    for table, name, held in path:
-        if table.get(name) is not held:
-            return False
-    return parameter.dtype is dtype and parameter.device == device
-
-
-def _shares_tensors(module: nn.Module, original: nn.Module) -> bool:
-    """Tell whether whatever moves a variant's module moves its original too."""
-    return module._modules is original._modules and not original._parameters  # noqa: SLF001 (torch's registries)
-
-
-def _apply_own(
-    module: nn.Module, other: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]
-) -> None:
-    """Apply `fn` to the tensors of the modules that `module` does not share with another."""
-    shared = {id(found) for found in other.modules()}
-    with torch.no_grad():
-        for found in module.modules():
-            if id(found) not in shared:
-                found._apply(fn, recurse=False)  # type: ignore[no-untyped-call]  # noqa: SLF001 (how .to() itself does it)

@@ -69,6 +69,11 @@ class Transaction:
         """`(slot, old, new)` of every replacement, in order."""
         return tuple(self._replaced)
 
+    @property
+    def flagged(self) -> tuple[nn.Parameter, ...]:
+        """Parameters whose trainable flag was changed, in order."""
+        return tuple(parameter for parameter, _ in self._flagged)
+
     def rollback(self) -> None:
         """Take back every write, last first."""
         while self._replaced:

@@ -39,7 +39,7 @@ def top(model):
 
 
 def is_baked(model):
-    return top(model).baked is not None
+    return top(model).parts[0].kept is not None
 
 
 def noise_(tensor):
@@ -143,7 +143,7 @@ def test_nothing_stale_is_used_after_a_change(change):
 
     # A copy has nothing baked.
     fresh = copy.deepcopy(model)
-    assert top(fresh).baked is None
+    assert top(fresh).parts[0].kept is None
     expected = logits(fresh)
     assert not torch.equal(before, expected)
     assert torch.equal(expected, logits(model))
@@ -206,14 +206,15 @@ def test_the_prompt_is_projected_once_for_many_passes():
     )
 
 
-def test_other_adapters_stay_baked_while_they_are_out():
+def test_an_adapter_that_comes_back_is_projected_once():
+    """The base may have been written to meanwhile in ways that PyTorch does not count."""
     model = make()
     logits(model)
     model.set_adapter("b")
     logits(model)
     model.set_adapter("a")
 
-    assert 0 == projections_of(model, lambda: logits(model))
+    assert 1 == projections_of(model, lambda: [logits(model) for _ in range(3)])
 
 
 @pytest.mark.parametrize(
@@ -278,7 +279,7 @@ def test_gpt2_is_baked_too():
     assert torch.allclose(trained, logits(model), atol=1e-5)
     attention = base.transformer.h[-1].attn
     assert isinstance(attention, AdaptedAttention)
-    assert attention.baked is not None
+    assert attention.parts[0].kept is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

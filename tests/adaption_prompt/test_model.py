@@ -139,7 +139,7 @@ def test_renaming_keeps_the_adapter(model):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m.set_adapter("c"), "Variant 'c' does not exist: expected one of 'a', 'b'."),
+        (lambda m: m.set_adapter("c"), "Adapter 'c' does not exist: expected some of 'a', 'b'."),
         (lambda m: m.delete_adapter("c"), "Variant 'c' does not exist: expected one of 'a', 'b'."),
         (
             lambda m: m.rename_adapter("a", "b"),

@@ -12,7 +12,7 @@ from surgery_core.carry import HOOK_TABLES, carry_over, hand_over, hook_ids, ten
 
 
 def carry(old, new, *, fqns=("a",), owners=None):
-    return carry_over(old, new, fqns=fqns, owners=owners or {})
+    return carry_over(old, new, fqns=fqns, owners=lambda: owners or {})
 
 
 def noop(*_):
@@ -276,7 +276,7 @@ def test_a_copy_shares_the_hooks_it_was_copied_with():
     handle = model[0].register_forward_hook(lambda *_: calls.append(1))
     old, new = model[0], copy.deepcopy(model[0])
 
-    report = carry_over(old, new, fqns=["0"], owners={})
+    report = carry_over(old, new, fqns=["0"], owners=dict)
 
     assert "shared" == report.hooks
     handle.remove()

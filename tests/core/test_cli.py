@@ -1,6 +1,7 @@
 """The command line: its output, its exit status, and what it says when something is wrong."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -196,6 +197,138 @@ def surgery_operations():
 )
 def test_an_error_is_one_line_and_exits_with_1(arguments, message):
     result = invoke("plan", *arguments)
+
+    assert result.exit_code == 1
+    assert result.stderr == f"error: {message}\n"
+    assert result.stdout == ""
+
+
+SHOWS = """
+from surgery_core import OptionsError, Shown, hookimpl
+
+@hookimpl
+def surgery_show(source):
+    if source == "damaged":
+        raise OptionsError("Folder 'damaged' is damaged.")
+    if source == "wrong":
+        return {"not": "Shown"}
+    if source != "known":
+        return None
+    return Shown(
+        title="Toys in 'known'",
+        columns=("name", "base [model]"),
+        rows=(("[red]one[/red]", "long/" * 40), ("two", ":pear:")),
+        notes=("Toy 'two' is [bold]odd[/bold].", "Toy 'one' is not."),
+        data={"toys": [{"name": "one", "size": 0.5}, {"name": "two", "size": None}]},
+    )
+"""
+
+
+@pytest.fixture
+def shows(install):
+    install("shows", SHOWS)
+
+
+@pytest.mark.usefixtures("shows")
+def test_show_prints_title_table_and_notes_with_no_line_folded_in_a_pipe(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+
+    result = invoke("show", "known")
+
+    title, *table, first_note, second_note = result.stdout.splitlines()
+    rows = [[cell.strip() for cell in line[1:-1].split(line[0])] for line in table]
+    assert result.exit_code == 0
+    assert title == "Toys in 'known'"
+    assert rows[1] == ["name", "base [model]"]
+    assert rows[3:5] == [["[red]one[/red]", "long/" * 40], ["two", ":pear:"]]
+    assert len(rows) == 6
+    assert first_note == "Toy 'two' is [bold]odd[/bold]."
+    assert second_note == "Toy 'one' is not."
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Return a function that makes the output a terminal of so many columns, without colours."""
+
+    def make(columns):
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("NO_COLOR", "1")
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", str(columns))
+
+    return make
+
+
+def shown_cells():
+    """Return the cells of every row that `surgery show known` prints."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", invoke("show", "known").stdout).splitlines()
+    return [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines]
+
+
+@pytest.mark.usefixtures("shows")
+def test_a_wide_terminal_gets_a_row_for_each_thing(terminal):
+    terminal(221)
+
+    found = shown_cells()
+
+    assert ["name", "base [model]"] in found
+    assert ["two", ":pear:"] in found
+
+
+@pytest.mark.usefixtures("shows")
+def test_a_narrow_terminal_gets_a_line_for_each_cell(terminal):
+    terminal(220)
+
+    found = [cells for cells in shown_cells() if cells]
+
+    assert found == [
+        ["name", "[red]one[/red]"],
+        ["base [model]", "long/" * 40],
+        ["name", "two"],
+        ["base [model]", ":pear:"],
+    ]
+
+
+@pytest.mark.usefixtures("shows")
+def test_a_cell_that_no_terminal_holds_is_folded_not_cut(terminal):
+    terminal(60)
+
+    found = [cells for cells in shown_cells() if cells]
+
+    assert "".join(cell for _, cell in found[1:-2]) == "long/" * 40
+    assert len(found) > 5
+
+
+@pytest.mark.usefixtures("shows")
+def test_show_prints_the_data_as_json():
+    result = invoke("show", "known", "--json")
+
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == {
+        "toys": [{"name": "one", "size": 0.5}, {"name": "two", "size": None}]
+    }
+
+
+@pytest.mark.usefixtures("shows")
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "unknown",
+            "Source 'unknown' cannot be shown: expected something that an installed plugin saved, "
+            "got None from the plugins. See `surgery plugins`.",
+        ),
+        (
+            "wrong",
+            "Source 'wrong' cannot be shown: expected something that an installed plugin saved, "
+            "got {'not': 'Shown'} from the plugins. See `surgery plugins`.",
+        ),
+        ("damaged", "Folder 'damaged' is damaged."),
+    ],
+)
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_what_cannot_be_shown_is_an_error_and_exits_with_1(source, message, options):
+    result = invoke("show", source, *options)
 
     assert result.exit_code == 1
     assert result.stderr == f"error: {message}\n"

@@ -6,7 +6,7 @@ import pytest
 from core.toys import Net, ToyPlugin
 from torch import nn
 
-from surgery_core import Plugins, Rule, Session, SurgeryWarning, hookimpl
+from surgery_core import Plugins, Rule, Session, Shown, SurgeryWarning, hookimpl
 
 
 class Knows:
@@ -18,6 +18,12 @@ class Knows:
     def surgery_load_skeleton(self, source):
         return nn.ReLU() if source == self.source else None
 
+    @hookimpl
+    def surgery_show(self, source):
+        if source != self.source:
+            return None
+        return Shown(title=f"seen by {self.__name__}", columns=(), rows=(), data={})
+
 
 def test_skeletons_are_loaded_by_the_plugin_that_knows_the_source():
     plugins = Plugins([Knows("a"), Knows("b"), ToyPlugin()], discover=False)
@@ -26,6 +32,14 @@ def test_skeletons_are_loaded_by_the_plugin_that_knows_the_source():
     assert isinstance(plugins.load_skeleton("b"), nn.ReLU)
     assert plugins.load_skeleton("c") is None
     assert [info.name for info in plugins.infos] == ["ToyPlugin", "knows_a", "knows_b"]
+
+
+def test_sources_are_shown_by_the_plugin_that_knows_them():
+    plugins = Plugins([Knows("a"), Knows("b"), ToyPlugin()], discover=False)
+
+    assert plugins.show("a").title == "seen by knows_a"
+    assert plugins.show("b").title == "seen by knows_b"
+    assert plugins.show("c") is None
 
 
 class Watcher:

@@ -71,6 +71,7 @@ def test_without_plugins_there_is_nothing():
     assert plugins.operations == {}
     assert plugins.broken == {}
     assert plugins.load_skeleton("anything") is None
+    assert plugins.show("anything") is None
 
 
 def test_a_plugin_passed_is_loaded():

@@ -368,3 +368,25 @@ def test_a_copy_of_the_applied_model_is_independent():
 
     assert isinstance(twin.head, Gated)
     assert not same_tensor(twin(example()), model(example()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m, "stem", nn.Linear(4, 4)),
+        lambda m: m.layers.append(nn.Identity()),
+        lambda m: m.layers.__delitem__(1),
+        lambda m: m.double(),
+    ],
+    ids=["another", "one more", "one less", "another dtype"],
+)
+def test_a_plan_tells_whether_it_would_be_the_same_again(change):
+    model = Net()
+    plan = session().plan(model, [Rule(operation="gate", select="head")])
+    with torch.no_grad():
+        model.stem.weight.fill_(3)
+    assert plan.sees_same_modules()
+
+    change(model)
+
+    assert not plan.sees_same_modules()

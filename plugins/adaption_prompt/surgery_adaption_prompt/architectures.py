@@ -9,8 +9,9 @@ names our function there. Ours calls the base's and adds the prompt's term.
 import dis
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -29,6 +30,10 @@ SEAM_KEY = "surgery_adaption_prompt"
 
 T = TypeVar("T")
 
+Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]
+"""For a forward of a checkpointed layer, and for doing it again."""
+
+_CHECKPOINT = "_gradient_checkpointing_func"
 _TABLE = "ALL_ATTENTION_FUNCTIONS"
 _EAGER = "eager_attention_forward"
 _PLAIN_PROJECTIONS = frozenset({nn.Linear, Conv1D})
@@ -121,6 +126,10 @@ REFUSED_CLASSES: Mapping[str, str] = {
 NAME_READERS: Mapping[str, str] = {"GPT2Attention": "reorder_and_upcast_attn"}
 """Attention classes that look at their attention function's name only if an attribute is true."""
 
+_OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+
+_UNPROJECTED_IN_PEFT: Mapping[str, bool] = {"GPT2Attention": True}
+
 BASE_ADAPTER_METHODS = frozenset(name for name in vars(PeftAdapterMixin) if name[0] != "_")
 """Methods of every transformers model that manage PEFT's adapters, not ours."""
 
@@ -193,10 +202,42 @@ class TransformersAttention:
         """Return the hidden size and the number of attention heads."""
         config = _config_of(base)
         # Some models have layers of another width, or number of heads, than the configuration says.
-        width = config.hidden_size
+        width = None
         if isinstance(self.projections, SeparateProjections):
-            width = getattr(base.get_submodule(self.projections.key), "in_features", width)
-        return width, getattr(base, "num_heads", config.num_attention_heads)
+            width = getattr(base.get_submodule(self.projections.key), "in_features", None)
+        heads = getattr(base, "num_heads", None)
+        return (
+            config.hidden_size if width is None else width,
+            config.num_attention_heads if heads is None else heads,
+        )
+
+    def head_dim(self, base: nn.Module) -> int:
+        """Return the size of a head's queries."""
+        config = _config_of(base)
+        sizes = (
+            getattr(base, "head_dim", None),
+            getattr(base, "head_size", None),
+            getattr(config, "head_dim", None),
+        )
+        found = next((size for size in sizes if size is not None), None)
+        return cast("int", found or config.hidden_size // config.num_attention_heads)
+
+    def output_projection(self, base: nn.Module, *, fqn: str) -> str:
+        """Return the name of the projection that follows the attention.
+
+        Raises:
+            ContractError: None of the names known, or more than one.
+        """
+        found = [name for name, _ in base.named_children() if name in _OUTPUT_PROJECTIONS]
+        if len(found) != 1:
+            children = listed([name for name, _ in base.named_children()])
+            _refuse(fqn, f"one output projection of {listed(_OUTPUT_PROJECTIONS)}", children,
+                    "Keep the adapter in the model.")  # fmt: skip
+        return found[0]
+
+    def may_skip_projection(self, base: nn.Module) -> bool:  # noqa: ARG002 (one class, one answer)
+        """Tell whether adapters for such a module may add their terms after the output projection."""
+        return _known(self.attention_class, _UNPROJECTED_IN_PEFT) is not None
 
     def peft_problem(self, attention: nn.Module, *, project_output: bool) -> str | None:
         """Return why PEFT 0.21.2 would compute something else with the same tensors, or could not.
@@ -271,7 +312,33 @@ def architecture_of(module: nn.Module, *, fqn: str) -> TransformersAttention:
 
 def is_unprojected_in_peft(model: nn.Module) -> bool:
     """Tell whether PEFT adds the terms of this model's adapters after the output projections."""
-    return any(_known(type(module), {"GPT2Attention": True}) for module in model.modules())
+    return any(_known(type(module), _UNPROJECTED_IN_PEFT) for module in model.modules())
+
+
+def recompute_in(model: nn.Module, contexts: Callable[[], Contexts]) -> None:
+    """Let a model that checkpoints its layers compute them again in contexts of its forward.
+
+    Args:
+        model: Its `activation_checkpointing_enable` has been called.
+        contexts: Gives a context for a forward, and one for doing it again.
+    """
+    for module in model.modules():
+        checkpoint = vars(module).get(_CHECKPOINT)
+        if checkpoint is not None:
+            setattr(module, _CHECKPOINT, partial(_checkpoint_in, checkpoint, contexts))
+
+
+def _checkpoint_in(
+    checkpoint: Callable[..., Any],
+    contexts: Callable[[], Contexts],
+    function: Callable[..., Any],
+    *args: Any,  # noqa: ANN401 (a layer's own)
+    **kwargs: Any,  # noqa: ANN401 (same)
+) -> Any:  # noqa: ANN401 (same)
+    # A compiled graph recomputes what it traced, and takes no contexts of this kind.
+    if torch.compiler.is_compiling():
+        return checkpoint(function, *args, **kwargs)
+    return checkpoint(function, *args, context_fn=contexts, **kwargs)
 
 
 def load_skeleton(source: str) -> nn.Module | None:
@@ -304,8 +371,8 @@ def _attend_with_prompt(
     )
     if terms is not None:
         # PEFT knows only this scaling, whatever the base's own is.
-        terms.append(module.prompt_term(query, scaling=query.shape[-1] ** -0.5))
-        return output, weights
+        term = module.prompt_term(query, scaling=query.shape[-1] ** -0.5, is_projected=False)
+        terms.extend([] if term is None else [term])
     scaling = kwargs.get("scaling")
     if scaling is None:
         # What transformers' own functions fall back to.
@@ -359,11 +426,17 @@ def _uses_interface(cls: type[nn.Module]) -> bool:
 
 def _acts_on_name(module: nn.Module) -> bool:
     """Tell whether the module's code does by the name of its function what ours would keep from it."""
-    names = [step.argval for step in dis.get_instructions(_forward(type(module)))]
-    if names.count("_attn_implementation") == 1 and "is_flash_attention_requested" not in names:
+    if not _reads_name(_forward(type(module))):
         return False
     flag = _known(type(module), NAME_READERS)
     return flag is None or bool(getattr(module, flag))
+
+
+@cache
+def _reads_name(forward: Any) -> bool:  # noqa: ANN401 (see _forward)
+    """Tell whether a forward does more by the name of its attention function than look it up."""
+    names = [step.argval for step in dis.get_instructions(forward)]
+    return names.count("_attn_implementation") != 1 or "is_flash_attention_requested" in names
 
 
 def _forward(cls: type[nn.Module]) -> Any:  # noqa: ANN401 (a function, or what a decorator made of it)

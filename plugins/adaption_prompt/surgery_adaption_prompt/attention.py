@@ -1,53 +1,60 @@
-"""`AdaptedAttention`: a base attention module with an adaption prompt added to what it computes."""
+"""`AdaptedAttention`: a base attention module with adaption prompts added to what it computes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from itertools import chain
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from surgery_adaption_prompt.baked import BakedPrompt, Child, Sources
 from surgery_adaption_prompt.config import AdaptionPromptConfig
-from surgery_adaption_prompt.functional import (
-    activate_gate,
-    baked_prompt_attention,
-    fold_gate,
-    gated_prompt_attention,
+from surgery_adaption_prompt.parts import (
+    GATE,
+    PROMPT,
+    Attention,
+    AttentionArchitecture,
+    PromptPart,
 )
 
-PROMPT = "adaption_prompt"
-GATE = "adaption_gate"
 TERMS = "adaption_terms"
 """Keyword by which a forward asks for its term in a list, to add it itself."""
 
 
-class AttentionArchitecture(Protocol):
-    """What adapting an attention module needs to know about the library it comes from."""
+class Part(Protocol):
+    """Something that adds a term; see `PromptPart`."""
 
-    def seam_config(self, base: nn.Module) -> object:
-        """Return a configuration under which the module hands its query to `add_prompt`."""
+    config: AdaptionPromptConfig
 
-    def project(
-        self, attention: nn.Module, prompt: Tensor, *, head_dim: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return keys of a prompt, `(kv_heads, prompt_len, head_dim)`, and values.
+    def term(
+        self, attention: Attention, query: Tensor, *, scaling: float, is_training: bool
+    ) -> Tensor:
+        """Return the term."""
 
-        Args:
-            attention: The module, whose own projections are called.
-            prompt: `(1, prompt_len, hidden)`.
-            head_dim: Of the query.
-        """
+    def forget(self) -> None:
+        """Drop what was kept from one pass to the next."""
 
-    def plain_projections(self, attention: nn.Module) -> Sequence[Child] | None:
-        """Return what `project` calls; None unless only input and parameters decide what they give."""
 
-    def sizes(self, base: nn.Module) -> tuple[int, int]:
-        """Return the hidden size and the number of attention heads."""
+class OtherTerms(Protocol):
+    """What the code that runs now gets from an attention module instead of the module's own parts."""
 
-    def peft_problem(self, attention: nn.Module, *, project_output: bool) -> str | None:
-        """Return why PEFT would compute something else with the same tensors; None if it would not."""
+    def term(
+        self,
+        attention: "AdaptedAttention",
+        query: Tensor,
+        *,
+        scaling: float,
+        is_projected: bool,
+    ) -> Tensor | None:
+        """Return a term as `PromptPart.term` does; None for none."""
+
+
+class Sharing(Protocol):
+    """Tells the code that runs now whether it gets other terms than the module's own."""
+
+    is_in_force: bool
+
+    def terms(self) -> OtherTerms | None:
+        """Return them; None for the module's own."""
 
 
 class AdaptedAttention(nn.Module):
@@ -57,79 +64,55 @@ class AdaptedAttention(nn.Module):
     the base's class (as PyTorch's `fully_shard` does), so that whatever looks for the base's class
     or its attributes finds them. The object wraps the base without changing it: it shares the
     base's submodules, buffers and hook tables, runs the base's own `forward`, and differs in a
-    configuration object and two parameters:
+    configuration object and, for each of its `parts`, two parameters. With one part they are:
 
     - `adaption_prompt`, `(1, adapter_len, hidden)`: standard normal at first.
     - `adaption_gate`, `(1,)` or `(num_attention_heads,)`: zero at first.
 
-    Invariant: with a gate of zero the output equals the base's, bit for bit. Base FQNs stay.
+    Several parts are adapters active at once, none is a place for the terms of `sharing`.
+
+    Invariant: with gates of zero the output equals the base's, bit for bit. Base FQNs stay.
     """
 
     adaption_prompt: nn.Parameter
     adaption_gate: nn.Parameter
     base_attention: nn.Module
-    adaption_config: AdaptionPromptConfig
     architecture: AttentionArchitecture
-    baked: BakedPrompt | None
+    parts: tuple[Part, ...]
+    sharing: Sharing | None
 
-    def prompt_term(self, query: Tensor, *, scaling: float) -> Tensor:
-        """Return the gated attention to the prompt.
+    @property
+    def prompts(self) -> tuple[PromptPart, ...]:
+        """The parts that have a prompt of their own."""
+        return tuple(part for part in self.parts if isinstance(part, PromptPart))
+
+    def prompt_term(
+        self, query: Tensor, *, scaling: float, is_projected: bool = True
+    ) -> Tensor | None:
+        """Return the gated attention to the prompts.
 
         Args:
             query: `(batch, heads, query_len, head_dim)`, as the base used it.
             scaling: Factor on the logits, dimensionless.
+            is_projected: The term of adapters that add it before the output projection; otherwise
+                that of the others.
 
         Returns:
-            `(batch, query_len, heads, head_dim)`, dtype of `query`.
+            `(batch, query_len, heads, head_dim)`, dtype of `query`; None if there is none.
         """
-        baked = self._baked(query)
-        if baked is not None:
-            return baked_prompt_attention(query, baked.key, baked.value, scaling=scaling)
-        key, value, gate = self._prepared(query)
-        return gated_prompt_attention(query, key, value, gate, scaling=scaling)
-
-    def _prepared(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return keys and values for a query, and the gate after its activation."""
-        # The projections take the base's dtype; the parameters may be kept in a wider one.
-        prompt = self.adaption_prompt.to(query.dtype)
-        key, value = self.architecture.project(self, prompt, head_dim=query.shape[-1])
-        return key, value, activate_gate(self.adaption_gate, self.adaption_config.gate_activation)
-
-    def _baked(self, query: Tensor) -> BakedPrompt | None:
-        """Return keys and gated values that are good for this query; None if they must be computed."""
-        if torch.is_grad_enabled() or self.training:
-            # Training is under way, and not every optimizer's steps are counted by PyTorch.
-            if self.baked is not None:
-                self.baked = None
-            return None
-        if (
-            torch.compiler.is_compiling()
-            or type(query) is not Tensor
-            or torch.is_autocast_enabled(query.device.type)
-            or (query.is_cuda and torch.cuda.is_current_stream_capturing())
-        ):
-            return None
-        baked = self.baked
-        if baked is None or baked.key.dtype is not query.dtype or not baked.sources.are_unchanged():
-            self.baked = baked = self._bake(query)
-        return baked
-
-    def _bake(self, query: Tensor) -> BakedPrompt | None:
-        projections = self.architecture.plain_projections(self)
-        if projections is None:
-            return None
-        sources = Sources.of(self._parameters, (PROMPT, GATE), projections)
-        if sources is None:
-            return None
-        key, value, gate = self._prepared(query)
-        key, value = fold_gate(key, value, gate, heads=query.shape[1])
-        # A gate may be too large for the dtype of the values.
-        if not torch.isfinite(value).all():
-            return None
-        return BakedPrompt(key=key, value=value, sources=sources)
+        if self.sharing is not None and self.sharing.is_in_force:
+            other = _other_terms(self.sharing)
+            if other is not None:
+                return other.term(self, query, scaling=scaling, is_projected=is_projected)
+        term = None
+        for part in self.parts:
+            if part.config.project_output is is_projected:
+                added = part.term(self, query, scaling=scaling, is_training=self.training)
+                term = added if term is None else term + added
+        return term
 
     def add_prompt(self, output: Tensor, query: Tensor, *, scaling: float) -> Tensor:
-        """Add the prompt's term to what the base's attention function gave.
+        """Add the prompts' term to what the base's attention function gave.
 
         Args:
             output: `(batch, query_len, heads, head_dim)`, before the output projection.
@@ -139,47 +122,75 @@ class AdaptedAttention(nn.Module):
         Returns:
             Same shape and dtype as `output`.
         """
+        term = self.prompt_term(query, scaling=scaling)
         # Attention functions may return another dtype than the query's (float32 under autocast).
-        return output + self.prompt_term(query, scaling=scaling).to(output.dtype)
+        return output if term is None else output + term.to(output.dtype)
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 (torch's signature)
+        """Set an attribute; after another module is put here, nothing that was kept is used."""
+        super().__setattr__(name, value)
+        # What merges LoRA weights writes to a projection uncounted, then puts it back here.
+        if isinstance(value, nn.Module):
+            self.forget()
+
+    @property
+    def _is_full_backward_hook(self) -> bool | None:
+        """How torch reads the table of backward hooks, which is the base's."""
+        return self.base_attention._is_full_backward_hook  # noqa: SLF001 (torch's own)
+
+    @_is_full_backward_hook.setter
+    def _is_full_backward_hook(self, value: bool | None) -> None:
+        self.base_attention._is_full_backward_hook = value  # noqa: SLF001 (same)
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 (torch's signature)
         """Set the mode here and on the base, which shares everything else."""
         super().train(mode)
         self.base_attention.training = mode
-        self.baked = None
+        self.forget()
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 (torch's signature)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.baked = None
-        # Parameters of the base itself may have become new objects (from or to the meta device).
-        for name in self.base_attention._parameters:  # noqa: SLF001 (torch's registry)
-            self.base_attention._parameters[name] = self._parameters[name]  # noqa: SLF001 (same)
+        self.forget()
+        # Tensors of the base itself may have become new objects (from or to the meta device).
+        base = self.base_attention
+        base._parameters.update({name: self._parameters[name] for name in base._parameters})  # noqa: SLF001 (torch's registry)
+        base._buffers.update({name: self._buffers[name] for name in base._buffers})  # noqa: SLF001 (same)
         return self
+
+    def forget(self) -> None:
+        """Drop what the parts kept from one pass to the next."""
+        for part in self.parts:
+            part.forget()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The class is made at run time, so copies and pickles are made by adapting again.
-        own = {name: self._parameters[name] for name in (PROMPT, GATE)}
-        return (
-            _restore,
-            (self.base_attention, self.architecture, self.adaption_config, own, self.training),
+        base = self.base_attention
+        own, buffers = (
+            {name: tensor for name, tensor in table.items() if name not in theirs}
+            for table, theirs in (
+                (self._parameters, base._parameters),  # noqa: SLF001 (torch's registry)
+                (self._buffers, base._buffers),  # noqa: SLF001 (same)
+            )
         )
+        return _restore, (base, self.architecture, self.parts, own, buffers, self.training)
 
     def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
         return self.__reduce__()
 
 
 class UnprojectedAttention(AdaptedAttention):
-    """Adds the prompt's term after the output projection, for adapters that PEFT trained on GPT-2."""
+    """Also adds terms after the output projection, for adapters that PEFT trained on GPT-2."""
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401 (the base's own signature)
         """Run the base's forward, and add the term to its first result."""
         terms: list[Tensor] = []
         # The base hands what it does not know on to the attention function.
         output, *rest = super().forward(*args, **kwargs, **{TERMS: terms})
-        (term,) = terms
-        # (batch, query_len, heads, head_dim) -> (batch, query_len, hidden)
-        return output + term.flatten(2).to(output.dtype), *rest
+        for term in terms:
+            # (batch, query_len, heads, head_dim) -> (batch, query_len, hidden)
+            output = output + term.flatten(2).to(output.dtype)
+        return output, *rest
 
 
 def adapt(
@@ -197,7 +208,7 @@ def adapt(
     """
     hidden, heads = architecture.sizes(base)
     # Packed quantised layers have buffers only.
-    device = next(chain(base.parameters(), base.buffers())).device
+    device = next(_tensors(base)).device
     dtype = parameter_dtype(base, config)
     prompt = torch.empty(1, config.adapter_len, hidden, device=device, dtype=dtype)
     num_gates = heads if config.gate == "head" else 1
@@ -207,7 +218,30 @@ def adapt(
         PROMPT: nn.Parameter(prompt.normal_(), requires_grad=trainable),
         GATE: nn.Parameter(gate, requires_grad=trainable),
     }
-    return _restore(base, architecture, config, own, base.training)
+    return compose(base, architecture, [PromptPart(config)], own)
+
+
+def compose(
+    base: nn.Module,
+    architecture: AttentionArchitecture,
+    parts: Sequence[Part],
+    own: Mapping[str, nn.Parameter],
+    *,
+    buffers: Mapping[str, Tensor] | None = None,
+) -> AdaptedAttention:
+    """Wrap one attention module with prompts that exist; the module is not changed.
+
+    Args:
+        base: The attention module.
+        architecture: How to deal with it.
+        parts: What to add; none for a module that only listens to `sharing`.
+        own: The parameters that the parts name.
+        buffers: What else they need; not saved with the model.
+
+    Returns:
+        The wrapper, in the base's mode.
+    """
+    return _restore(base, architecture, tuple(parts), own, buffers or {}, base.training)
 
 
 def parameter_dtype(base: nn.Module, config: AdaptionPromptConfig) -> torch.dtype:
@@ -215,18 +249,40 @@ def parameter_dtype(base: nn.Module, config: AdaptionPromptConfig) -> torch.dtyp
     if config.dtype is not None:
         dtype: torch.dtype = getattr(torch, config.dtype)
         return dtype
-    floating = [p.dtype for p in base.parameters() if p.dtype in (torch.float32, torch.float64)]
-    return floating[0] if floating else torch.float32
+    wide = (torch.float32, torch.float64)
+    parameters = (found for found in _tensors(base) if isinstance(found, nn.Parameter))
+    return next((found.dtype for found in parameters if found.dtype in wide), torch.float32)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Yield parameters and buffers; the registries are faster than `parameters()` for small modules."""
+    for table in (module._parameters, module._buffers):  # noqa: SLF001 (torch's registries)
+        yield from (tensor for tensor in table.values() if tensor is not None)
+    for child in module._modules.values():  # noqa: SLF001 (same)
+        if child is not None:
+            yield from _tensors(child)
+
+
+def _other_terms(sharing: Sharing) -> OtherTerms | None:
+    return _uncompiled_terms(sharing) if torch.compiler.is_compiling() else sharing.terms()
+
+
+@torch.compiler.disable(reason="it would not see which adapters a thread uses: use fixed_rows()")  # type: ignore[untyped-decorator,no-untyped-call]
+def _uncompiled_terms(sharing: Sharing) -> OtherTerms | None:
+    return sharing.terms()
 
 
 def _restore(
     base: nn.Module,
     architecture: AttentionArchitecture,
-    config: AdaptionPromptConfig,
-    own: dict[str, nn.Parameter],
+    parts: tuple[Part, ...],
+    own: Mapping[str, nn.Parameter],
+    buffers: Mapping[str, Tensor],
     training: bool,  # noqa: FBT001 (given by pickle)
 ) -> AdaptedAttention:
-    mixin = AdaptedAttention if config.project_output else UnprojectedAttention
+    are_projected = all(part.config.project_output for part in parts)
+    is_plain = are_projected and not architecture.may_skip_projection(base)
+    mixin = AdaptedAttention if is_plain else UnprojectedAttention
     cls = _adapted_class(mixin, type(base))  # type: ignore[arg-type]  # mypy takes the instances' __hash__ for the class's
     adapted = cls.__new__(cls)
     # Not __init__: the wrapper takes over the state of the base, tables shared, and makes none.
@@ -234,12 +290,19 @@ def _restore(
     vars(adapted).update(
         base_attention=base,
         architecture=architecture,
-        adaption_config=config,
+        parts=parts,
+        sharing=None,
         config=architecture.seam_config(base),
-        baked=None,
         training=training,
         _parameters={**base._parameters, **own},  # noqa: SLF001 (torch's registry; a table of its own keeps the base's free of ours)
     )
+    # A property, since the table it speaks of is shared.
+    del vars(adapted)["_is_full_backward_hook"]
+    if buffers:
+        vars(adapted).update(
+            _buffers={**base._buffers, **buffers},  # noqa: SLF001 (same)
+            _non_persistent_buffers_set=base._non_persistent_buffers_set | buffers.keys(),  # noqa: SLF001 (same)
+        )
     return adapted
 
 

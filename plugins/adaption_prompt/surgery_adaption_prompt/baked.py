@@ -22,8 +22,9 @@ class Sources:
     """Parameters and projections that something was computed from, and whether they are unchanged.
 
     PyTorch counts writes to a tensor: edits in place, loads, and the steps of most optimizers are
-    seen so. Another tensor, storage or module in the same place is seen too, and hooks. A fused
-    optimizer's step is not counted, so whoever uses this must forget it when gradients are computed.
+    seen so. Another tensor, storage or module in the same place is seen too, and hooks. Not counted
+    are a fused optimizer's step and writes through `.data`, so whoever uses this must forget it when
+    gradients are computed, when modules are exchanged, and when the adapter enters the model.
 
     Args:
         tensors: With an alias each, so that their storage is not freed and reused meanwhile.

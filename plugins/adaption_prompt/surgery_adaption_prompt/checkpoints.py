@@ -11,9 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from surgery_adaption_prompt.attention import GATE, PROMPT, AdaptedAttention
+from surgery_adaption_prompt.attention import AdaptedAttention
 from surgery_adaption_prompt.config import OWN_TYPE, AdaptionPromptConfig
 from surgery_adaption_prompt.functional import activate_gate
+from surgery_adaption_prompt.parts import GATE, PROMPT
 from surgery_adaption_prompt.pickled import load_pickled
 from surgery_core import StateError, SurgeryError, listed
 

@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -113,6 +113,54 @@ def baked_prompt_attention(
     term = scaled_dot_product_attention(rows, key, gated_value, scale=scaling)
     # (batch, query_len, heads, value_dim): the interface's layout.
     return term.reshape(heads, batch, query_len, -1).permute(1, 2, 0, 3)
+
+
+def row_prompt_attention(
+    query: Float[Tensor, "batch heads query_len head_dim"],
+    key: Float[Tensor, "batch heads prompt_len head_dim"],
+    gated_value: Float[Tensor, "batch heads prompt_len value_dim"],
+    mask: Bool[Tensor, "batch 1 1 prompt_len"] | None,
+    *,
+    scaling: float,
+) -> Float[Tensor, "batch query_len heads value_dim"]:
+    """Attend to an adaption prompt of its own for each row of a batch, gates folded in already.
+
+    As `baked_prompt_attention` for each row alone, up to rounding.
+
+    Args:
+        query: As there.
+        key: Keys of each row's prompt, one set for each query head; zeros beyond its length.
+        gated_value: Values of each row's prompt, times the gate of the head; zeros beyond its
+            length, and for a row that has no prompt.
+        mask: Which positions are part of the row's prompt, at least one for each row; None if all
+            prompts have the same length.
+        scaling: As there.
+
+    Returns:
+        As there. Exactly zero for rows whose gated values are zero, if the keys are finite.
+
+    Numerics:
+        In the dtype of `key`, which may be wider than the query's; softmax in float32 or wider.
+        Autocast does not change it.
+
+    Source:
+        See `gated_prompt_attention`.
+
+    Example:
+        >>> query = torch.ones(2, 1, 1, 4)
+        >>> value = torch.tensor([0.5, 0.0]).view(2, 1, 1, 1).expand(2, 1, 3, 4)
+        >>> row_prompt_attention(query, torch.ones(2, 1, 3, 4), value, None, scaling=0.5)[
+        ...     :, 0, 0, 0
+        ... ]
+        tensor([0.5000, 0.0000])
+    """
+    with _without_autocast(query.device.type):
+        # To the keys' dtype and back, where float16 is computed in float32.
+        term = scaled_dot_product_attention(
+            query.to(key.dtype), key, gated_value, attn_mask=mask, scale=scaling
+        ).to(query.dtype)
+    # (batch, query_len, heads, value_dim): the interface's layout.
+    return term.transpose(1, 2)
 
 
 def fold_gate(

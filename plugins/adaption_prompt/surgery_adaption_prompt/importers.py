@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from surgery_adaption_prompt.architectures import architecture_of, attention_modules
-from surgery_adaption_prompt.attention import GATE, PROMPT, AdaptedAttention
+from surgery_adaption_prompt.attention import AdaptedAttention
 from surgery_adaption_prompt.config import AdaptionPromptConfig, GateActivation
+from surgery_adaption_prompt.parts import GATE, PROMPT
 from surgery_adaption_prompt.pickled import load_pickled
 from surgery_core import (
     ContractError,

@@ -1,38 +1,38 @@
 """`AdaptionPromptModel`: many adapters over one base model, with the names PEFT users know."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Self
 
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from surgery_adaption_prompt.architectures import BASE_ADAPTER_METHODS
+from surgery_adaption_prompt.adapters import MERGED, ROWS, AdapterManager, Derived
 from surgery_adaption_prompt.attention import AdaptedAttention
 from surgery_adaption_prompt.base_check import BaseCheck, check_base
-from surgery_adaption_prompt.checkpoints import adapter_state, load_state_
+from surgery_adaption_prompt.checkpoints import load_state_
+from surgery_adaption_prompt.composition import Composition
 from surgery_adaption_prompt.config import PEFT_TYPE, AdaptionPromptConfig
-from surgery_adaption_prompt.folders import SavableAdapter, check_name, check_same_form, read_folder
-from surgery_adaption_prompt.operation import adapter_rules
-from surgery_adaption_prompt.text_init import Tokenizer, prompts_from_text
-from surgery_core import (
-    OptionsError,
-    Plan,
-    SwapState,
-    Transaction,
-    VariantError,
-    listed,
-)
+from surgery_adaption_prompt.folders import SavableAdapter, check_same_form, read_folder
+from surgery_adaption_prompt.gate_plot import draw_gates
+from surgery_adaption_prompt.materialise import materialised
+from surgery_adaption_prompt.merged_bias import merged_bias_rule
+from surgery_adaption_prompt.selection import BASE, prompt_modules, require_adapters, weights_of
+from surgery_adaption_prompt.status import ModelStatus, adapter_status, model_status
+from surgery_adaption_prompt.store import AdapterStore
+from surgery_adaption_prompt.text_init import Tokenizer
+from surgery_core import OptionsError, Plan, Transaction, VariantError, listed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DEFAULT_ADAPTER = "default"
 """Name of the adapter that PEFT's format keeps in the folder itself, not in a subfolder."""
 
 
-class AdaptionPromptModel(nn.Module):
-    """A frozen base model and its adapters, of which at most one is in it.
+class AdaptionPromptModel(AdapterManager):
+    """A frozen base model and its adapters, of which one, or a composition of some, is in it.
 
     The top L attention modules of the base are replaced by `AdaptedAttention` modules that wrap
     them. `SwapState` stores, removes and restores those of each adapter; the active adapter is never
@@ -47,6 +47,7 @@ class AdaptionPromptModel(nn.Module):
         configs: Configurations by adapter name; all of them are added.
         adapter_name: Which of them to activate.
         tokenizer: The base's; needed where a configuration has `init_from_text`.
+        store: Adapters on disk, which are loaded when they are asked for.
 
     Raises:
         OptionsError: There is no configuration of that name, or one asks for too many layers.
@@ -80,17 +81,15 @@ class AdaptionPromptModel(nn.Module):
         adapter_name: str,
         *,
         tokenizer: Tokenizer | None = None,
+        store: AdapterStore | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(model, store=store)
         if adapter_name not in configs:
             msg = (
                 f"Adapter {adapter_name!r} has no configuration: configs has "
                 f"{listed(sorted(configs))}. Add one under that name."
             )
             raise OptionsError(msg)
-        self.model = model
-        self.swap_state = SwapState(model)
-        self.peft_config: dict[str, AdaptionPromptConfig] = {}
         for name, config in configs.items():
             self._add(name, config, tokenizer=tokenizer)
         # Nothing has been written so far; either both of these happen or neither.
@@ -99,156 +98,6 @@ class AdaptionPromptModel(nn.Module):
                 freezing.set_requires_grad(parameter, value=False)
             self.swap_state.set(adapter_name)
         self._freezing = freezing
-
-    # -- adapters ---------------------------------------------------------------------------------
-
-    def add_adapter(
-        self,
-        adapter_name: str,
-        config: AdaptionPromptConfig,
-        state: Mapping[str, Tensor] | None = None,
-        *,
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
-        """Add an adapter; which adapter is active does not change.
-
-        Args:
-            adapter_name: Its name.
-            config: Its configuration.
-            state: Its tensors by `fqn.name`, as an importer gives them; None for an untrained one.
-            tokenizer: The base's; needed where the configuration has `init_from_text`.
-
-        Raises:
-            VariantError: The name is taken, empty, or no name for a folder.
-            StateError: The state does not fit the configuration and the model.
-            SurgeryError: See the class; the model is unchanged.
-        """
-        self._add(adapter_name, config, state, tokenizer=tokenizer)
-        if self.swap_state.selected is None:
-            self.swap_state.set(adapter_name)
-
-    def set_adapter(self, adapter_name: str) -> None:
-        """Make an adapter the active one; while disabled, the one that `enable_*` will activate.
-
-        Raises:
-            VariantError: There is no such adapter.
-        """
-        self.swap_state.set(adapter_name)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; if it was active, the first of the others becomes so.
-
-        Raises:
-            VariantError: There is no such adapter.
-        """
-        others = [name for name in self.peft_config if name != adapter_name]
-        then = others[0] if others and adapter_name == self.swap_state.selected else None
-        self.swap_state.delete(adapter_name, then=then)
-        del self.peft_config[adapter_name]
-
-    def rename_adapter(self, adapter_name: str, new_name: str) -> None:
-        """Give an adapter another name.
-
-        Raises:
-            VariantError: There is no such adapter, or the new name is taken or no name for a folder.
-        """
-        check_name(new_name)
-        self.swap_state.rename(adapter_name, new_name)
-        self.peft_config = {
-            new_name if name == adapter_name else name: config
-            for name, config in self.peft_config.items()
-        }
-
-    def enable_adapter_layers(self) -> None:
-        """Put the selected adapter's modules back in the model; harmless when they are there."""
-        self.swap_state.enable()
-
-    def disable_adapter_layers(self) -> None:
-        """Take the active adapter's modules out of the model; harmless when they are out."""
-        self.swap_state.disable()
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[Self]:
-        """Run the base model for a while; may be nested."""
-        with self.swap_state.disabled():
-            yield self
-
-    def unload(self) -> PreTrainedModel:
-        """Remove every adapter and return the base as it was, trainable flags included.
-
-        Raises:
-            DriftError: Somebody replaced a module of the active adapter; nothing was changed.
-        """
-        self.swap_state.disable()
-        for name in list(self.peft_config):
-            self.delete_adapter(name)
-        self._freezing.rollback()
-        return self.model
-
-    @property
-    def active_adapter(self) -> str | None:
-        """Name of the selected adapter, as in PEFT also while disabled; None without adapters."""
-        return self.swap_state.selected
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The same as a list of at most one name."""
-        return [] if self.swap_state.selected is None else [self.swap_state.selected]
-
-    def adapter_modules(self, adapter_name: str) -> dict[str, AdaptedAttention]:
-        """Return the modules of an adapter by FQN in the base, wherever they are now.
-
-        Raises:
-            VariantError: There is no such adapter.
-        """
-        found = self.swap_state.variant(adapter_name)
-        return {fqn: m for fqn, m in found.items() if isinstance(m, AdaptedAttention)}
-
-    def saved_modules(self, adapter_name: str) -> dict[str, nn.Module]:
-        """Return the modules trained whole with an adapter (`modules_to_save`) by FQN in the base.
-
-        Raises:
-            VariantError: There is no such adapter.
-        """
-        found = self.swap_state.variant(adapter_name)
-        return {fqn: m for fqn, m in found.items() if not isinstance(m, AdaptedAttention)}
-
-    # -- the model --------------------------------------------------------------------------------
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the base's own signature)
-        """Run the base model with the active adapter; arguments and result are the base's."""
-        _refuse_rows(kwargs)
-        return self.model(*args, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (the base's own signature)
-        """Generate with the active adapter; arguments and result are those of the base's method."""
-        _refuse_rows(kwargs)
-        return cast("Any", self.model).generate(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (whatever the base has)
-        """Look up in the base what is not here, as PEFT does, but for its own adapter methods.
-
-        Raises:
-            AttributeError: The base has not got it either, or it is a method for other adapters.
-        """
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            model = vars(self).get("_modules", {}).get("model")
-            if model is None:
-                raise
-        if name in BASE_ADAPTER_METHODS:
-            msg = (
-                f"AdaptionPromptModel has no {name!r}: the base's method of that name manages "
-                "adapters of PEFT's. Call it on get_base_model() if that is meant."
-            )
-            raise AttributeError(msg)
-        return getattr(model, name)
-
-    @property
-    def base_model(self) -> Self:
-        """This model: in PEFT it is one further inside, so `base_model.model` is the base in both."""
-        return self
 
     @property
     def peft_type(self) -> str:
@@ -262,50 +111,125 @@ class AdaptionPromptModel(nn.Module):
         Raises:
             VariantError: There is none.
         """
-        name = self.active_adapter
-        if name is None:
+        names = self.active_adapters
+        if not names:
             msg = "Model has no adapter: expected one that is active. Add one first."
             raise VariantError(msg)
-        return self.peft_config[name]
+        if len(names) > 1:
+            msg = (
+                f"Model has {len(names)} active adapters: expected one, got {listed(names)}. Look "
+                "their configurations up in peft_config."
+            )
+            raise VariantError(msg)
+        return self.peft_config[names[0]]
 
-    def get_base_model(self) -> PreTrainedModel:
-        """Return the model that was passed in, with the active adapter's modules in it."""
-        return self.model
-
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
-        **kwargs: Any,  # noqa: ANN401 (the base's own)
-    ) -> None:
-        """Recompute activations in the backward pass; arguments are those of the base's method.
-
-        Unlike the base's, it lets no gradient through the embeddings, so that layers below the
-        adapted ones are not differentiated; that takes `use_reentrant=False`, the default.
-        """
-        base = cast("Any", self.model)
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
-        if not (activation_checkpointing_kwargs or {}).get("use_reentrant", False):
-            base.disable_input_require_grads()
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return how many values are trained, and how many there are, in the model as it is."""
-        parameters = list(self.model.parameters())
-        trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        return trainable, sum(parameter.numel() for parameter in parameters)
-
-    def trainable_summary(self) -> str:
-        """Return the line PEFT's `print_trainable_parameters` prints."""
-        trainable, total = self.get_nb_trainable_parameters()
-        share = 100 * trainable / total
-        return (
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
+    def status(self) -> ModelStatus:
+        """Return what is active and what is stored, with sizes, places and gates."""
+        return model_status(
+            swap_state=self.swap_state, configs=self.peft_config, selected=self.active_adapters
         )
 
-    def print_trainable_parameters(self) -> None:
-        """Print `trainable_summary`."""
-        print(self.trainable_summary())  # noqa: T201 (what its name promises)
+    def plot_gates(self, adapter_name: str, path: str | os.PathLike[str] | None = None) -> "Figure":
+        """Draw the gates of an adapter by layer and head; needs the extra `plots` (matplotlib).
 
-    # -- disk -------------------------------------------------------------------------------------
+        Args:
+            adapter_name: Its name.
+            path: File to write, of the type its suffix names; None for none.
+
+        Raises:
+            VariantError: There is no such adapter.
+            SurgeryError: matplotlib is not installed.
+        """
+        modules = self.swap_state.variant(adapter_name)
+        return draw_gates(
+            adapter_status(adapter_name, self.peft_config[adapter_name], modules), path
+        )
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str
+    ) -> None:
+        """Add the weighted sum of adapters as an adapter, where that is exact; see `materialised`.
+
+        Args:
+            adapters: Names of those to add up.
+            weights: Factor on each one's term, dimensionless.
+            adapter_name: Name of the sum.
+
+        Raises:
+            OptionsError: The sum is no adapter's term, or there are not as many weights as adapters.
+            VariantError: There is no such adapter, or the name is taken.
+        """
+        if len(adapters) != len(weights) or len(set(adapters)) != len(adapters):
+            msg = (
+                f"Weighted adapter {adapter_name!r} has {len(adapters)} adapters and "
+                f"{len(weights)} weights: expected one weight for each, no adapter twice."
+            )
+            raise OptionsError(msg)
+        composition = Composition(dict(zip(adapters, weights, strict=True)))
+        with self._loaded(composition.weights), self.sharing.lock:
+            require_adapters(composition.weights, self.peft_config)
+            parts = [
+                (self.peft_config[name], prompt_modules(name, self.swap_state), weight)
+                for name, weight in composition.weights.items()
+            ]
+            self.add_adapter(adapter_name, *materialised(parts))
+
+    def merge_adapter(self) -> None:
+        """Put what is active into the bias of the output projections; for `adapter_len=1` only.
+
+        Nothing is computed for the prompt then; equal up to rounding. Activating an adapter, also
+        the same one, takes it out again.
+
+        Raises:
+            OptionsError: A prompt is longer, the adapters are disabled, or there is none.
+            ContractError: An output projection is none we know how to give a bias.
+        """
+        with self.sharing.lock:
+            rule = merged_bias_rule(self._active_prompts())
+            choice = self._selected_choice()
+            self._derive(rule, Derived(kind=MERGED, variant=MERGED, choice=choice))
+
+    def unmerge_adapter(self) -> None:
+        """Take back `merge_adapter`, exactly.
+
+        Raises:
+            VariantError: Nothing is merged.
+        """
+        with self.sharing.lock:
+            if self._kind() != MERGED:
+                msg = "Model has no merged adapter: expected one. Call merge_adapter first."
+                raise VariantError(msg)
+            self.set_adapter(self._selected_choice())
+
+    def merge_and_unload(self) -> PreTrainedModel:
+        """Merge what is active as `merge_adapter` does, remove everything else, return the base.
+
+        Raises:
+            OptionsError: See `merge_adapter`; nothing was changed.
+            ContractError: Same.
+        """
+        with self.sharing.lock:
+            rule = merged_bias_rule(self._active_prompts())
+            # Built before anything is taken out, so that whatever is refused is refused here.
+            Plan.draft(self.model, [rule], originals=self.swap_state.originals()).build()
+            base = self.unload()
+            Plan.draft(base, [rule]).apply()
+            return base
+
+    def _active_prompts(self) -> dict[str, AdaptedAttention]:
+        """Return the modules of what is active, if it can be merged."""
+        self._require_enabled("merge_adapter")
+        choice = self._selected_choice()
+        if self._kind() in (MERGED, ROWS) or choice == BASE:
+            msg = (
+                "Nothing is merged: expected an active adapter or composition, got fixed rows, or "
+                "one that is merged already. Activate an adapter first."
+            )
+            raise OptionsError(msg)
+        for name in weights_of(choice):
+            prompt_modules(name, self.swap_state)
+        variant = self.swap_state.variant(self.swap_state.selected or "")
+        return {fqn: m for fqn, m in variant.items() if isinstance(m, AdaptedAttention)}
 
     def save_pretrained(
         self,
@@ -434,41 +358,6 @@ class AdaptionPromptModel(nn.Module):
         adapted.peft_config[adapter_name] = config
         return adapted
 
-    def _add(
-        self,
-        name: str,
-        config: AdaptionPromptConfig,
-        state: Mapping[str, Tensor] | None = None,
-        *,
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
-        check_name(name)
-        if config.init_from_text is not None and state is None and tokenizer is None:
-            msg = (
-                f"Adapter {name!r} starts from a text: expected the base's tokenizer, got none. "
-                "Pass tokenizer=, or leave init_from_text out."
-            )
-            raise OptionsError(msg)
-        plan = Plan.draft(
-            self.model, adapter_rules(self.model, config), originals=self.swap_state.originals()
-        )
-        self.swap_state.add(name, plan)
-        try:
-            if state is not None:
-                load_state_(self.swap_state.variant(name), state)
-            elif config.init_from_text is not None and tokenizer is not None:
-                self._start_from_text(name, config.init_from_text, tokenizer)
-        except BaseException:
-            self.swap_state.delete(name)
-            raise
-        self.peft_config[name] = config
-
-    def _start_from_text(self, name: str, text: str, tokenizer: Tokenizer) -> None:
-        modules = self.adapter_modules(name)
-        with self.swap_state.disabled():
-            prompts = prompts_from_text(self.model, modules, text, tokenizer)
-        load_state_(modules, {**adapter_state(modules), **prompts})
-
 
 def get_peft_model(
     model: PreTrainedModel,
@@ -486,13 +375,3 @@ def get_peft_model(
         SurgeryError: See `AdaptionPromptModel`; the model is unchanged.
     """
     return AdaptionPromptModel(model, {adapter_name: peft_config}, adapter_name)
-
-
-def _refuse_rows(kwargs: Mapping[str, object]) -> None:
-    """Refuse a choice of adapters by row, which the base would ignore."""
-    if "adapter_names" in kwargs:
-        msg = (
-            "adapter_names is not supported: expected one adapter for the whole batch. Use "
-            "set_adapter, and run the rows of each adapter on their own."
-        )
-        raise OptionsError(msg)

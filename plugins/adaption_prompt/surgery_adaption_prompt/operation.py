@@ -8,8 +8,9 @@ from torch import nn
 
 from surgery_adaption_prompt import trainable_copy
 from surgery_adaption_prompt.architectures import architecture_of, attention_modules
-from surgery_adaption_prompt.attention import GATE, PROMPT, AdaptedAttention, adapt, parameter_dtype
+from surgery_adaption_prompt.attention import AdaptedAttention, adapt, parameter_dtype
 from surgery_adaption_prompt.config import CLASSIFICATION_HEADS, AdaptionPromptConfig
+from surgery_adaption_prompt.parts import GATE, PROMPT
 from surgery_core import (
     BoundRule,
     Effects,
@@ -122,8 +123,8 @@ def adapter_rules(model: nn.Module, config: AdaptionPromptConfig) -> list[BoundR
     ]
     names = config.modules_to_save
     if names is None:
-        tree = dict(model.named_modules())
         heads = CLASSIFICATION_HEADS.get(config.task_type, ())
+        tree = dict(model.named_modules()) if heads else {}
         names = tuple(name for name in heads if trainable_copy.named(tree, [name]))
     if names:
         copies = {"modules": names, "is_trainable": not config.inference_mode}

@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from surgery_adaption_prompt.attention import PROMPT, AdaptedAttention
+from surgery_adaption_prompt.attention import AdaptedAttention
+from surgery_adaption_prompt.parts import PROMPT
 from surgery_core import OptionsError
 
 Tokenizer = Callable[..., Mapping[str, Any]]

@@ -1,0 +1,141 @@
+"""What `AdaptionPromptModel` offers of its base: everything but the base's own adapter methods."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Self, cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from surgery_adaption_prompt.architectures import (
+    BASE_ADAPTER_METHODS,
+    Contexts,
+    recompute_in,
+)
+from surgery_adaption_prompt.selection import Choice, check_num_rows
+
+
+class BaseFacade(nn.Module):
+    """Wraps a model, and answers for it; abstract.
+
+    Args:
+        model: The base model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    @abstractmethod
+    def activated(self, adapters: Choice | Sequence[Choice]) -> AbstractContextManager[Self]:
+        """Use adapters in this thread or asyncio task only."""
+
+    @abstractmethod
+    def recompute_contexts(self) -> Contexts:
+        """Return contexts for a checkpointed forward, and for doing it again."""
+
+    def forward(
+        self,
+        *args: Any,  # noqa: ANN401 (the base's own signature)
+        adapter_names: Sequence[Choice] | None = None,
+        **kwargs: Any,  # noqa: ANN401 (same)
+    ) -> Any:  # noqa: ANN401 (same)
+        """Run the base model with the active adapter; arguments and result are the base's.
+
+        Args:
+            *args: The base's.
+            adapter_names: What each row gets instead; see `activated`.
+            **kwargs: The base's.
+
+        Raises:
+            OptionsError: There is not one name for each row.
+            VariantError: There is no such adapter.
+        """
+        if adapter_names is None:
+            return self.model(*args, **kwargs)
+        check_num_rows(adapter_names, args, kwargs)
+        with self.activated(adapter_names):
+            return self.model(*args, **kwargs)
+
+    def generate(
+        self,
+        *args: Any,  # noqa: ANN401 (the base's own signature)
+        adapter_names: Sequence[Choice] | None = None,
+        **kwargs: Any,  # noqa: ANN401 (same)
+    ) -> Any:  # noqa: ANN401 (same)
+        """Generate with the active adapter, or with one for each row; see `forward`."""
+        generate = cast("Any", self.model).generate
+        if adapter_names is None:
+            return generate(*args, **kwargs)
+        check_num_rows(adapter_names, args, kwargs)
+        with self.activated(adapter_names):
+            return generate(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (whatever the base has)
+        """Look up in the base what is not here, as PEFT does, but for its own adapter methods.
+
+        Raises:
+            AttributeError: The base has not got it either, or it is a method for other adapters.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model = vars(self).get("_modules", {}).get("model")
+            if model is None:
+                raise
+        if name in BASE_ADAPTER_METHODS:
+            msg = (
+                f"AdaptionPromptModel has no {name!r}: the base's method of that name manages "
+                "adapters of PEFT's. Call it on get_base_model() if that is meant."
+            )
+            raise AttributeError(msg)
+        return getattr(model, name)
+
+    @property
+    def base_model(self) -> Self:
+        """This model: in PEFT it is one further inside, so `base_model.model` is the base in both."""
+        return self
+
+    def get_base_model(self) -> PreTrainedModel:
+        """Return the model that was passed in, with the active adapter's modules in it."""
+        return self.model
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,  # noqa: ANN401 (the base's own)
+    ) -> None:
+        """Recompute activations in the backward pass; arguments are those of the base's method.
+
+        Unlike the base's, it recomputes with the adapters of the forward pass, whatever is active
+        by then, and lets no gradient through the embeddings, so that layers below the adapted ones
+        are not differentiated; both take `use_reentrant=False`, the default.
+        """
+        base = cast("Any", self.model)
+        given = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if given["use_reentrant"]:
+            base.activation_checkpointing_enable(given, **kwargs)
+            return
+        base.activation_checkpointing_enable(given, **kwargs)
+        if "context_fn" not in given:
+            recompute_in(self.model, self.recompute_contexts)
+        base.disable_input_require_grads()
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return how many values are trained, and how many there are, in the model as it is."""
+        parameters = list(self.model.parameters())
+        trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        return trainable, sum(parameter.numel() for parameter in parameters)
+
+    def trainable_summary(self) -> str:
+        """Return the line PEFT's `print_trainable_parameters` prints."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total
+        return (
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}"
+        )
+
+    def print_trainable_parameters(self) -> None:
+        """Print `trainable_summary`."""
+        print(self.trainable_summary())  # noqa: T201 (what its name promises)
