@@ -14,6 +14,7 @@ from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 
+import rows_composition
 import rows_inference
 import rows_management
 import rows_startup
@@ -58,6 +59,7 @@ def file_name(device: str) -> str:
 def all_cases(device: str, folder: Path) -> Iterator[Case]:
     """Yield every row for a device; what a GPU does not change is measured without one."""
     yield from rows_inference.cases(device)
+    yield from rows_composition.cases(device)
     yield from rows_training.cases(device)
     if device == "cpu":
         yield from rows_management.cases(folder)

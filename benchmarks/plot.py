@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rows import Row
 
-COLOURS = {"base": "#777777", "peft": "#b35806", "ours": "#1f4e9c"}
-NAMES = {"base": "base", "peft": "PEFT", "ours": "ours"}
-OFFSETS = {"base": -0.16, "peft": -0.16, "ours": 0.16}
+COLOURS = {"base": "#777777", "peft": "#b35806", "turns": "#777777", "ours": "#1f4e9c"}
+NAMES = {"base": "base", "peft": "PEFT", "turns": "one row after the other", "ours": "ours"}
+OFFSETS = {"base": -0.16, "peft": -0.16, "turns": -0.16, "ours": 0.16}
 SETTINGS = {
     # Text stays text, and the same results give the same file.
     "svg.fonttype": "none",
@@ -24,7 +24,11 @@ def draw(rows: Iterable[Row], path: Path, title: str) -> None:
     found = [row for row in rows if row.ratio("ours")]
     panels = [
         (panel, label)
-        for reference, label in (("base", "ratio to the base model"), ("peft", "ratio to PEFT"))
+        for reference, label in (
+            ("base", "ratio to the base model"),
+            ("peft", "ratio to PEFT"),
+            ("one", "eight adapters in a batch: ratio to one adapter"),
+        )
         if (panel := [row for row in found if row.reference == reference])
     ]
     if not panels:

@@ -39,6 +39,7 @@ class Results:
         for reference, header in (
             ("base", "| | base | PEFT / base | ours / base | target | rounds |"),
             ("peft", "| | PEFT | ours | base / PEFT | ours / PEFT | target | rounds |"),
+            ("one", "| | one adapter | in turns / one | by row / one | target | rounds |"),
             ("none", "| | ours | rounds |"),
         ):
             found = [row for row in self.rows if row.reference == reference]
@@ -59,6 +60,7 @@ def line(row: Row) -> str:
             _ratio(row, "base"),
             _ratio(row, "ours"),
         ),
+        "one": (_value(row, "one"), _ratio(row, "turns"), _ratio(row, "ours")),
         "none": (_value(row, "ours"),),
     }[row.reference]
     targets = () if row.reference == "none" else (_targets(row),)

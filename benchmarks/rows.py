@@ -9,7 +9,7 @@ from measure import Samples
 from models import Models
 
 Unit = Literal["s", "bytes"]
-Reference = Literal["base", "peft", "none"]
+Reference = Literal["base", "peft", "one", "none"]
 
 UNITS: Mapping[Unit, tuple[tuple[float, str], ...]] = {
     "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")),

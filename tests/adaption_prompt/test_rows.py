@@ -21,6 +21,9 @@ CHOICES = (*CONFIGS, BASE)
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 0.02, torch.float16: 4e-3}
 """Relative to the largest logit: a batched attention rounds otherwise than one of a single row."""
 
+LONG = 33
+"""Queries enough that rows are computed adapter by adapter."""
+
 rows = st.lists(st.sampled_from(CHOICES), min_size=1, max_size=6)
 
 
@@ -65,7 +68,7 @@ def check_rows(model, names, ids, **inputs):
 MODEL = make()
 
 
-@given(names=rows, length=st.integers(1, 6), active=st.sampled_from(sorted(CONFIGS)))
+@given(names=rows, length=st.sampled_from([1, 2, 5, LONG]), active=st.sampled_from(sorted(CONFIGS)))
 def test_each_row_is_as_its_adapter_alone(names, length, active):
     """Whatever is active, and whichever layers, lengths and gates the adapters have."""
     MODEL.set_adapter(active)
@@ -83,6 +86,7 @@ def test_rows_in_other_dtypes_and_families(dtype, family):
     model = make(build(family, dtype=dtype, seed=1))
 
     check_rows(model, ["fr", BASE, "legal", "short"], tokens(4, 9))
+    check_rows(model, ["fr", BASE, "legal", "fr"], tokens(4, LONG))
 
 
 def test_rows_follow_the_formula():
@@ -170,9 +174,10 @@ def test_an_untrained_adapter_changes_no_bit_of_any_row():
     assert torch.equal(alone(model, BASE, tokens(4)), actual)
 
 
-def test_gradients_of_each_row_go_to_its_adapter():
+@pytest.mark.parametrize("length", [7, LONG])
+def test_gradients_of_each_row_go_to_its_adapter(length):
     """As the sum of what each adapter alone gets from its row."""
-    model, ids, names = make(), tokens(3), ["fr", "legal", BASE]
+    model, ids, names = make(), tokens(3, length), ["fr", "legal", BASE]
     parameters = model.adapter_parameters(["fr", "legal"])
     assert 2 * (2 + 3) == len(parameters)
     model(ids, adapter_names=names).logits.square().sum().backward()

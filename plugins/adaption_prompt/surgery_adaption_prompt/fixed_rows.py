@@ -1,6 +1,7 @@
 """Rows of a batch with adapters of their own, in buffers that compiled code reads."""
 
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from surgery_core import (
 )
 
 NAME = "adaption_prompt_fixed_rows"
-KEY, VALUE, MASK = "adaption_row_key", "adaption_row_value", "adaption_row_mask"
+KEY, VALUE, BIAS = "adaption_row_key", "adaption_row_value", "adaption_row_bias"
 
 Rows = Mapping[str, Sequence[Sequence[Entry]]]
 """By FQN, for each row the adapters whose terms are added."""
@@ -55,8 +56,8 @@ class BufferedPart:
         if batch > self.max_rows:
             msg = f"Batch has {batch} rows: expected at most max_rows={self.max_rows}. Make room."
             raise OptionsError(msg)
-        key, value, mask = (getattr(attention, name)[:batch] for name in (KEY, VALUE, MASK))
-        return row_prompt_attention(query, key, value, mask, scaling=scaling)
+        key, value, bias = (getattr(attention, name)[:batch] for name in (KEY, VALUE, BIAS))
+        return row_prompt_attention(query, key, value, bias, scaling=scaling)
 
     def forget(self) -> None:
         """Keep everything: buffers are not computed from one pass to the next."""
@@ -153,13 +154,13 @@ class FixedRowsOperation(Operation[None]):
             prompt = query.new_zeros(1, self._adapter_len, architecture.sizes(site.module)[0])
             key, value = architecture.project(site.module, prompt, head_dim=query.shape[-1])
         heads, shape = query.shape[1], (self._max_rows, 1, 1, self._adapter_len)
-        # Logits and gated values may exceed what float16 can hold.
-        dtype = torch.float32 if query.dtype is torch.float16 else query.dtype
+        # As `rows` gathers them.
+        dtype = torch.promote_types(query.dtype, torch.float32)
         buffers = {
             name: found.new_zeros(self._max_rows, heads, *found.shape[1:], dtype=dtype)
             for name, found in ((KEY, key), (VALUE, value))
         }
-        buffers[MASK] = torch.ones(shape, dtype=torch.bool, device=query.device)
+        buffers[BIAS] = key.new_zeros(shape, dtype=dtype)
         part = BufferedPart(self._config, max_rows=self._max_rows)
         return compose(site.module, architecture, [part], {}, buffers=buffers)
 
@@ -210,7 +211,7 @@ def _query(attention: nn.Module, architecture: AttentionArchitecture, rows: int)
 def _stacked(
     module: AdaptedAttention, rows: Sequence[Sequence[Entry]]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    key, value, mask = stacked_rows(rows, _query(module, module.architecture, len(rows)))
+    key, value, bias = stacked_rows(rows, _query(module, module.architecture, len(rows)))
     room = getattr(module, KEY).shape[2]
     if key.shape[2] > room:
         msg = (
@@ -218,20 +219,22 @@ def _stacked(
             "there is room. Ask fixed_rows for more."
         )
         raise OptionsError(msg)
-    return key, value, mask
+    return key, value, bias
 
 
 def _fill_(module: AdaptedAttention, found: tuple[Tensor, Tensor, Tensor | None] | None) -> None:
-    key, value, mask = (getattr(module, name) for name in (KEY, VALUE, MASK))
+    key, value, bias = (getattr(module, name) for name in (KEY, VALUE, BIAS))
     value.zero_()
-    mask.fill_(value=True)
+    bias.zero_()
     if found is None:
         return
     rows, length = found[0].shape[0], found[0].shape[2]
     key[:rows, :, :length].copy_(found[0])
     value[:rows, :, :length].copy_(found[1])
     # Rows of the base keep all positions, all of them with values of zero.
-    is_adapted = found[1].flatten(1).any(dim=1)
-    mask[:rows, ..., length:] = ~is_adapted[:, None, None, None]
+    is_base = ~found[1].flatten(1).any(dim=1)
+    bias[:rows, ..., length:] = bias.new_zeros(rows).masked_fill(~is_base, -inf)[
+        :, None, None, None
+    ]
     if found[2] is not None:
-        mask[:rows, ..., :length] = found[2]
+        bias[:rows, ..., :length] = found[2]

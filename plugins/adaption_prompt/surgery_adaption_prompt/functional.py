@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -119,7 +119,7 @@ def row_prompt_attention(
     query: Float[Tensor, "batch heads query_len head_dim"],
     key: Float[Tensor, "batch heads prompt_len head_dim"],
     gated_value: Float[Tensor, "batch heads prompt_len value_dim"],
-    mask: Bool[Tensor, "batch 1 1 prompt_len"] | None,
+    bias: Float[Tensor, "batch 1 1 prompt_len"] | None,
     *,
     scaling: float,
 ) -> Float[Tensor, "batch query_len heads value_dim"]:
@@ -132,8 +132,8 @@ def row_prompt_attention(
         key: Keys of each row's prompt, one set for each query head; zeros beyond its length.
         gated_value: Values of each row's prompt, times the gate of the head; zeros beyond its
             length, and for a row that has no prompt.
-        mask: Which positions are part of the row's prompt, at least one for each row; None if all
-            prompts have the same length.
+        bias: Added to the logits: zero at the positions of the row's prompt, of which there is at
+            least one, and minus infinity beyond them; None if all prompts have the same length.
         scaling: As there.
 
     Returns:
@@ -157,7 +157,7 @@ def row_prompt_attention(
     with _without_autocast(query.device.type):
         # To the keys' dtype and back, where float16 is computed in float32.
         term = scaled_dot_product_attention(
-            query.to(key.dtype), key, gated_value, attn_mask=mask, scale=scaling
+            query.to(key.dtype), key, gated_value, attn_mask=bias, scale=scaling
         ).to(query.dtype)
     # (batch, query_len, heads, value_dim): the interface's layout.
     return term.transpose(1, 2)

@@ -1,7 +1,7 @@
 """What one adapter adds to one attention module: its term, and the keys and values kept for it."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,16 @@ class PromptPart:
         # What was kept for one module is nothing to a copy.
         return _part, (self.config, self.weight, self.prompt_name, self.gate_name)
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """Names of the two parameters."""
+        return self.prompt_name, self.gate_name
+
+    def is_good(self, query: Tensor) -> bool:
+        """Tell whether what is kept is good for a query."""
+        kept = self.kept
+        return kept is not None and kept.key.dtype is query.dtype and kept.sources.are_unchanged()
+
     def forget(self) -> None:
         """Drop the keys and values kept from one pass to the next."""
         self.kept = None
@@ -127,46 +137,95 @@ class PromptPart:
             prompt,
             head_dim=query.shape[-1],
         )
+        return key, value, self.gate(attention)
+
+    def gate(self, attention: Attention) -> Tensor:
+        """Return the gate after its activation, times the weight."""
         gate = activate_gate(getattr(attention, self.gate_name), self.config.gate_activation)
         if self.weight != 1.0:
             gate = gate.to(torch.promote_types(gate.dtype, torch.float32)) * self.weight
-        return key, value, gate
+        return gate
 
     def baked(
         self, attention: Attention, query: Tensor, *, is_training: bool
     ) -> BakedPrompt | None:
         """Return keys and gated values that are good for a query; None if they must be computed."""
-        if torch.is_grad_enabled() or is_training:
-            # Training is under way, and not every optimizer's steps are counted by PyTorch.
-            if self.kept is not None:
-                self.kept = None
-            return None
-        if (
-            torch.compiler.is_compiling()
-            or type(query) is not Tensor
-            or torch.is_autocast_enabled(query.device.type)
-            or (query.is_cuda and torch.cuda.is_current_stream_capturing())
-        ):
-            return None
-        kept = self.kept
-        if kept is None or kept.key.dtype is not query.dtype or not kept.sources.are_unchanged():
-            self.kept = kept = self._bake(attention, query)
-        return kept
+        found = baked_together([(attention, self)], query, is_training=is_training)
+        return None if found is None else found[0]
 
-    def _bake(self, attention: Attention, query: Tensor) -> BakedPrompt | None:
-        projections = attention.architecture.plain_projections(attention)  # type: ignore[arg-type]  # see prepared
-        if projections is None:
-            return None
-        names = (self.prompt_name, self.gate_name)
-        sources = Sources.of(attention._parameters, names, projections)  # noqa: SLF001 (torch's registry)
-        if sources is None:
-            return None
-        key, value, gate = self.prepared(attention, query)
-        key, value = fold_gate(key, value, gate, heads=query.shape[1])
+
+Entry = tuple[Attention, PromptPart]
+"""What has the parameters of a part, and the part."""
+
+
+def baked_together(
+    entries: Sequence[Entry], query: Tensor, *, is_training: bool
+) -> list[BakedPrompt] | None:
+    """Return keys and gated values of parts at one module that are good for a query.
+
+    Args:
+        entries: Over one base module.
+        query: Says dtype and shape.
+        is_training: Whether the model is in training mode.
+
+    Returns:
+        For each part; None if those of one must be computed.
+    """
+    if torch.is_grad_enabled() or is_training:
+        # Training is under way, and not every optimizer's steps are counted by PyTorch.
+        for _, part in entries:
+            if part.kept is not None:
+                part.kept = None
+        return None
+    if not _may_keep(query):
+        return None
+    stale = [entry for entry in entries if not entry[1].is_good(query)]
+    if stale:
+        _bake(stale, query)
+    found = [part.kept for _, part in entries]
+    return None if None in found else cast("list[BakedPrompt]", found)
+
+
+def _bake(entries: Sequence[Entry], query: Tensor) -> None:
+    """Keep what can be watched, with one projection of all prompts."""
+    for _, part in entries:
+        part.kept = None
+    attention = entries[0][0]
+    projections = attention.architecture.plain_projections(attention)  # type: ignore[arg-type]  # see prepared
+    if projections is None:
+        return
+    watched = [
+        (at, part, sources)
+        for at, part in entries
+        if (sources := Sources.of(at._parameters, part.names, projections)) is not None  # noqa: SLF001 (torch's registry)
+    ]
+    if not watched:
+        return
+    prompts = [getattr(at, part.prompt_name).to(query.dtype) for at, part, _ in watched]
+    keys, values = attention.architecture.project(
+        attention,  # type: ignore[arg-type]  # see prepared
+        torch.cat(prompts, dim=1) if len(prompts) > 1 else prompts[0],
+        head_dim=query.shape[-1],
+    )
+    end = 0
+    for (at, part, sources), prompt in zip(watched, prompts, strict=True):
+        begin, end = end, end + prompt.shape[1]
+        key, value = fold_gate(
+            keys[:, begin:end], values[:, begin:end], part.gate(at), heads=query.shape[1]
+        )
         # A gate may be too large for the dtype of the values.
-        if not torch.isfinite(value).all():
-            return None
-        return BakedPrompt(key=key, value=value, sources=sources)
+        if torch.isfinite(value).all():
+            part.kept = BakedPrompt(key=key, value=value, sources=sources)
+
+
+def _may_keep(query: Tensor) -> bool:
+    """Tell whether what is computed for a query now may be used again."""
+    return not (
+        torch.compiler.is_compiling()
+        or type(query) is not Tensor
+        or torch.is_autocast_enabled(query.device.type)
+        or (query.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def _part(
