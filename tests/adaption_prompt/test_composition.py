@@ -465,7 +465,9 @@ def test_what_cannot_be_merged_is_refused_and_stays():
         model.merge_adapter()
     model.enable_adapter_layers()
     model.merge_adapter()
-    with pytest.raises(OptionsError, match="one that is merged already"):
+    with pytest.raises(
+        OptionsError, match=r"active adapter or composition, got one that is merged\."
+    ):
         model.merge_adapter()
     with pytest.raises(VariantError, match=r"Adapter 'v1.0' is in use by what is active"):
         model.delete_adapter("v1.0")

@@ -188,6 +188,20 @@ def test_another_adapter_may_be_activated_inside():
     assert torch.equal(expected, logits(model))
 
 
+def test_what_was_active_is_in_use_meanwhile():
+    model = make()
+    with model.fixed_rows(4) as rows:
+        rows.assign(["legal"])
+        assert "fr" == model.active_adapter
+        with pytest.raises(VariantError, match="Adapter 'fr' is in use by what is active"):
+            model.delete_adapter("fr")
+        for call in (lambda: model.fixed_rows(2).__enter__(), model.merge_adapter):
+            with pytest.raises(OptionsError, match="composition, got fixed rows"):
+                call()
+        model.delete_adapter("legal")
+    assert "fr" == model.swap_state.active
+
+
 def test_what_there_is_no_room_for_is_refused_and_changes_nothing():
     model = make()
     with model.fixed_rows(4, adapter_len=3) as rows:

@@ -139,6 +139,10 @@ def test_renaming_keeps_the_adapter(model):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (
+            lambda m: m.add_adapter("__base__", m.peft_config["a"]),
+            "Adapter name '__base__' stands for the base in lists of adapters. Choose another.",
+        ),
         (lambda m: m.set_adapter("c"), "Adapter 'c' does not exist: expected some of 'a', 'b'."),
         (lambda m: m.delete_adapter("c"), "Variant 'c' does not exist: expected one of 'a', 'b'."),
         (

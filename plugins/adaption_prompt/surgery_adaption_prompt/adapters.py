@@ -15,10 +15,9 @@ from surgery_adaption_prompt.composition import Composition, composition_rule, p
 from surgery_adaption_prompt.config import AdaptionPromptConfig
 from surgery_adaption_prompt.facade import BaseFacade
 from surgery_adaption_prompt.fixed_rows import FixedRows, Rows, fixed_rows_rule
-from surgery_adaption_prompt.folders import check_name
+from surgery_adaption_prompt.folders import BASE, check_name
 from surgery_adaption_prompt.operation import adapter_rules
 from surgery_adaption_prompt.selection import (
-    BASE,
     Choice,
     Selected,
     prompt_modules,
@@ -42,12 +41,12 @@ class Derived:
     Args:
         kind: One of the names above.
         variant: Its name in the swap state.
-        choice: What it computes; None if that changes from batch to batch.
+        choice: What it computes; for rows, what was active before.
     """
 
     kind: str
     variant: str
-    choice: Choice | None
+    choice: Choice
 
 
 class AdapterManager(BaseFacade):
@@ -149,7 +148,7 @@ class AdapterManager(BaseFacade):
     def enable_adapter_layers(self) -> None:
         """Put the selected adapter's modules back in the model; harmless when they are there."""
         with self.sharing.lock:
-            if self.swap_state.selected is not None:
+            if self.swap_state.selected is not None and not self.swap_state.is_enabled:
                 self._refresh(self.swap_state.selected)
             self.swap_state.enable()
 
@@ -198,20 +197,23 @@ class AdapterManager(BaseFacade):
     def fixed_rows(self, max_rows: int, *, adapter_len: int | None = None) -> Iterator[FixedRows]:
         """Give rows adapters of their own through buffers, so that nothing is compiled anew.
 
+        What was active counts as active meanwhile, and is so again at the end.
+
         Args:
             max_rows: The most rows a batch may have.
             adapter_len: The longest prompt there is room for, in tokens; None for that of the
                 adapters there are.
 
         Raises:
-            OptionsError: A size is less than 1, the adapters are disabled, or there is none.
+            OptionsError: A size is less than 1, the adapters are disabled, there is none, or one is
+                merged or has rows already.
         """
         with self.sharing.lock:
             before = self._selected_choice()
             self._require_enabled("fixed_rows")
             prompts = [prompt_modules(name, self.swap_state) for name in self.peft_config]
             rule = fixed_rows_rule(prompts, max_rows=max_rows, adapter_len=adapter_len)
-            derived = Derived(kind=ROWS, variant=self._derived_name(ROWS), choice=None)
+            derived = Derived(kind=ROWS, variant=self._derived_name(ROWS), choice=before)
             self._derive(rule, derived)
             modules = cast("dict[str, AdaptedAttention]", self.swap_state.variant(derived.variant))
         try:
@@ -339,10 +341,10 @@ class AdapterManager(BaseFacade):
         return self._selected_choice()
 
     def _selected_choice(self) -> Choice:
-        """Return what is selected; the base if nothing is, or what changes from batch to batch."""
+        """Return what is selected; the base if nothing is."""
         selected = self.swap_state.selected
         if self._derived is not None:
-            return BASE if self._derived.choice is None else self._derived.choice
+            return self._derived.choice
         return BASE if selected is None else selected
 
     def _kind(self) -> str | None:
@@ -350,7 +352,8 @@ class AdapterManager(BaseFacade):
 
     def _activate(self, variant: str) -> None:
         """Select a variant, and forget what is derived and no longer selected."""
-        self._refresh(variant)
+        if variant != self.swap_state.active:
+            self._refresh(variant)
         self.swap_state.set(variant)
         if self._derived is not None and self._derived.variant != variant:
             self._forget_derived()
@@ -402,6 +405,13 @@ class AdapterManager(BaseFacade):
         if not self.peft_config or not self.swap_state.is_enabled:
             reason = "disabled" if self.peft_config else "none"
             msg = f"{what} has nothing to work on: expected enabled adapters, got {reason}."
+            raise OptionsError(msg)
+        if self._kind() in (MERGED, ROWS):
+            got = "one that is merged" if self._kind() == MERGED else "fixed rows"
+            msg = (
+                f"{what} has nothing to work on: expected an active adapter or composition, got "
+                f"{got}. Activate an adapter first."
+            )
             raise OptionsError(msg)
 
     def _require_unshared(self, name: str) -> None:

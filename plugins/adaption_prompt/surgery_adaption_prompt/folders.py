@@ -22,6 +22,9 @@ from surgery_adaption_prompt.checkpoints import (
 from surgery_adaption_prompt.config import AdaptionPromptConfig
 from surgery_core import OptionsError, StateError, VariantError, listed
 
+BASE = "__base__"
+"""Stands for no adapter, as in PEFT."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavableAdapter:
@@ -108,7 +111,10 @@ def check_same_form(
 
 
 def check_name(name: str) -> None:
-    """Refuse names that cannot be a folder's, or that would hide what is in the folder."""
+    """Refuse names that cannot be a folder's, that would hide what is in it, or that mean no adapter."""
+    if name == BASE:
+        msg = f"Adapter name {name!r} stands for the base in lists of adapters. Choose another."
+        raise VariantError(msg)
     if not name or name != Path(name).name or name.startswith("."):
         msg = (
             f"Adapter name {name!r} cannot name a folder: expected one without separators that does "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 from transformers import PreTrainedModel
 
-from surgery_adaption_prompt.adapters import MERGED, ROWS, AdapterManager, Derived
+from surgery_adaption_prompt.adapters import MERGED, AdapterManager, Derived
 from surgery_adaption_prompt.attention import AdaptedAttention
 from surgery_adaption_prompt.base_check import BaseCheck, check_base
 from surgery_adaption_prompt.checkpoints import load_state_
@@ -18,7 +18,7 @@ from surgery_adaption_prompt.folders import SavableAdapter, check_same_form, rea
 from surgery_adaption_prompt.gate_plot import draw_gates
 from surgery_adaption_prompt.materialise import materialised
 from surgery_adaption_prompt.merged_bias import merged_bias_rule
-from surgery_adaption_prompt.selection import BASE, prompt_modules, require_adapters, weights_of
+from surgery_adaption_prompt.selection import prompt_modules, require_adapters
 from surgery_adaption_prompt.status import ModelStatus, adapter_status, model_status
 from surgery_adaption_prompt.store import AdapterStore
 from surgery_adaption_prompt.text_init import Tokenizer
@@ -219,14 +219,7 @@ class AdaptionPromptModel(AdapterManager):
     def _active_prompts(self) -> dict[str, AdaptedAttention]:
         """Return the modules of what is active, if it can be merged."""
         self._require_enabled("merge_adapter")
-        choice = self._selected_choice()
-        if self._kind() in (MERGED, ROWS) or choice == BASE:
-            msg = (
-                "Nothing is merged: expected an active adapter or composition, got fixed rows, or "
-                "one that is merged already. Activate an adapter first."
-            )
-            raise OptionsError(msg)
-        for name in weights_of(choice):
+        for name in self.active_adapters:
             prompt_modules(name, self.swap_state)
         variant = self.swap_state.variant(self.swap_state.selected or "")
         return {fqn: m for fqn, m in variant.items() if isinstance(m, AdaptedAttention)}

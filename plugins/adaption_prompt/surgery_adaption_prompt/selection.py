@@ -8,11 +8,9 @@ from torch import Tensor
 
 from surgery_adaption_prompt.attention import AdaptedAttention
 from surgery_adaption_prompt.composition import Composition
+from surgery_adaption_prompt.folders import BASE
 from surgery_adaption_prompt.rows import Entry, SharedTerms
 from surgery_core import OptionsError, SwapState, VariantError, listed
-
-BASE = "__base__"
-"""Stands for no adapter, as in PEFT."""
 
 Choice = str | Mapping[str, float] | Composition
 """What one row, or a whole batch, gets: an adapter, several with weights, or `"__base__"`."""
