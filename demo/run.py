@@ -4,98 +4,30 @@ Every figure it prints was measured in the run; the exit status is 1 if a check 
 """
 
 import json
-import platform
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
-from checks import CheckFailedError, Checks, Identity
+from checks import Identity
 from evaluate import Score, evaluate, generate
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from smollm2 import WheelError, cache_folder, load
-from surgery_adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
-from task import read_examples, training_batch
-from torch import Tensor
-from train import TrainingOptions, train
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from steps import HERE, NUM_SHOWN, Demo, logits, read_configs, revert, run_demo, start, teach
+from surgery_adaption_prompt import AdaptionPromptModel
+from task import read_examples
+from train import TrainingOptions
 
 from surgery_core import Rule, Session
 
-HERE = Path(__file__).parent
 TRAINED, UNTRAINED = "extract", "other"
-NUM_SHOWN = 4
-SEED = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demo:
-    """What the steps share.
-
-    Args:
-        console: Where to print.
-        checks: How to check.
-        base: The base model.
-        tokenizer: Its tokenizer.
-        expected: Logits of the base on some chats, before anything was done to it.
-        identity: What the base was made of then.
-    """
-
-    console: Console
-    checks: Checks
-    base: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    expected: Tensor
-    identity: Identity
-
-
-def start(console: Console) -> Demo:
-    """Load the base, and take down what it computes and what it is made of."""
-    console.rule("Base model")
-    began = time.perf_counter()
-    base, tokenizer = load()
-    seconds = time.perf_counter() - began
-    values = sum(parameter.numel() for parameter in base.parameters())
-    console.print(
-        f"SmolLM2-135M-Instruct, {values:,} parameters, {base.dtype}, ready after {seconds:.1f} s "
-        f"(kept in {cache_folder()})\nPython {platform.python_version()}, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}, "
-        f"{torch.get_num_threads()} threads",
-        highlight=False,
-    )
-    return Demo(
-        console=console,
-        checks=Checks(console),
-        base=base,
-        tokenizer=tokenizer,
-        expected=logits(base, tokenizer),
-        identity=Identity.of(base),
-    )
-
-
-@torch.inference_mode()
-def logits(
-    model: PreTrainedModel | AdaptionPromptModel, tokenizer: PreTrainedTokenizerBase
-) -> Tensor:
-    """Return the logits of some chats, `(batch, length, vocabulary)`."""
-    batch = training_batch(tokenizer, read_examples("heldout.jsonl")[:NUM_SHOWN])
-    found: Tensor = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-    ).logits
-    return found
 
 
 def adapt(demo: Demo) -> AdaptionPromptModel:
     """Plan, then put two adapters on the base."""
-    entries = json.loads((HERE / "adapters.json").read_text(encoding="utf-8"))
-    configs = {name: AdaptionPromptConfig.from_mapping(entry) for name, entry in entries.items()}
+    configs = read_configs()
     demo.console.rule("Plan: what would change")
     rule = Rule(operation="adaption_prompt", options=configs[TRAINED].to_mapping())
     lines = str(Session().plan(demo.base, [rule])).splitlines()
@@ -120,38 +52,6 @@ def adapt(demo: Demo) -> AdaptionPromptModel:
         )
     model.set_adapter(TRAINED)
     return model
-
-
-def teach(demo: Demo, model: AdaptionPromptModel) -> None:
-    """Train the active adapter, and show a bar."""
-    options = TrainingOptions()
-    examples = read_examples("train.jsonl")
-    demo.console.rule(f"Train {TRAINED!r}")
-    demo.console.print(str(options), highlight=False)
-    columns = (
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    began = time.perf_counter()
-    with Progress(*columns, console=demo.console) as progress:
-        bar = progress.add_task("train", total=options.steps, loss=float("nan"))
-        train(
-            model,
-            demo.tokenizer,
-            examples,
-            options,
-            on_step=lambda loss: progress.update(bar, advance=1, loss=loss),
-        )
-    seconds = time.perf_counter() - began
-    demo.console.print(
-        f"{options.steps} steps of {options.batch_size} of the {len(examples)} examples "
-        f"in {seconds:.0f} s",
-        highlight=False,
-    )
 
 
 def measure(demo: Demo, model: AdaptionPromptModel) -> Score:
@@ -228,54 +128,18 @@ def save_and_reload(demo: Demo, model: AdaptionPromptModel) -> None:
     demo.checks.holds(f"the fresh process gave the same {number} tokens", passed=tokens == reloaded)
 
 
-def revert(demo: Demo, model: AdaptionPromptModel) -> None:
-    """Take everything out again."""
-    demo.console.rule("Revert")
-    base = model.unload()
-    demo.checks.holds("unload() returns the very model", passed=base is demo.base)
-    found = Identity.of(base)
-    demo.checks.holds(
-        f"the same {len(found.modules)} module and {len(found.tensors)} tensor objects",
-        passed=(found.modules, found.tensors) == (demo.identity.modules, demo.identity.tensors),
-    )
-    demo.checks.holds(
-        f"the same {len(found.keys)} state dict keys in the same order",
-        passed=found.keys == demo.identity.keys,
-    )
-    demo.checks.holds(
-        f"the same {len(found.trainable)} trainable parameters",
-        passed=found.trainable == demo.identity.trainable,
-    )
-    demo.checks.same_bits(
-        "the same logits, bit for bit", demo.expected, logits(base, demo.tokenizer)
-    )
-
-
-def main() -> int:
-    """Run the demo.
-
-    Returns:
-        The exit status.
-    """
-    console = Console()
-    began = time.perf_counter()
-    torch.manual_seed(SEED)
-    try:
-        demo = start(console)
-        model = adapt(demo)
-        with model.disable_adapter():
-            before = measure(demo, model)
-        teach(demo, model)
-        compare(demo, before, measure(demo, model))
-        swap(demo, model)
-        save_and_reload(demo, model)
-        revert(demo, model)
-    except (CheckFailedError, WheelError, subprocess.CalledProcessError) as err:
-        console.print(Text(str(err), style="bold red"))
-        return 1
-    console.rule(f"Everything held; {time.perf_counter() - began:.0f} s in all")
-    return 0
+def steps(console: Console) -> None:
+    """Run the steps one after the other."""
+    demo = start(console)
+    model = adapt(demo)
+    with model.disable_adapter():
+        before = measure(demo, model)
+    teach(demo, model, TRAINED, read_examples("train.jsonl"), TrainingOptions())
+    compare(demo, before, measure(demo, model))
+    swap(demo, model)
+    save_and_reload(demo, model)
+    revert(demo, model)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_demo(steps))

@@ -38,11 +38,17 @@ def read_examples(file: str) -> list[Example]:
     return [Example(**json.loads(line)) for line in lines]
 
 
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, sentence: str) -> str:
+def chat_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    sentence: str,
+    *,
+    system: str = SYSTEM,
+    request: str = REQUEST,
+) -> str:
     """Return the chat up to where the model is to reply."""
     messages = [
-        {"role": "system", "content": SYSTEM},
-        {"role": "user", "content": REQUEST.format(sentence=sentence)},
+        {"role": "system", "content": system},
+        {"role": "user", "content": request.format(sentence=sentence)},
     ]
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
