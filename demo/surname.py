@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 SYSTEM = "You reply with a name only."
 REQUEST = """\
 Sentence: {sentence}
-Reply with the person's name only, last name first: Last name, First name"""
+Reply only with the name of the person, last name first, for example: Lincoln, Abraham"""
 """What the base is asked. The adapter learns the task from chats that ask for JSON."""
 
 
