@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from surgery_adaption_prompt.architectures import Contexts
@@ -28,7 +28,7 @@ from surgery_adaption_prompt.selection import (
 from surgery_adaption_prompt.sharing import AdapterSharing
 from surgery_adaption_prompt.store import AdapterStore
 from surgery_adaption_prompt.text_init import Tokenizer, prompts_from_text
-from surgery_core import BoundRule, Loans, OptionsError, Plan, SwapState, VariantError
+from surgery_core import BoundRule, Loans, OptionsError, Plan, SwapState, VariantError, listed
 
 COMPOSED, MERGED, ROWS = "derived/composed", "derived/merged", "derived/rows"
 """Variants made of adapters; no adapter's name has a separator."""
@@ -189,7 +189,7 @@ class AdapterManager(BaseFacade):
         )
         with (
             self._loaded(choices),
-            self.sharing.using(lambda: select(self.swap_state, self.peft_config, choices)),
+            self.sharing.using(lambda: self._select(choices)),
         ):
             yield self
 
@@ -282,20 +282,6 @@ class AdapterManager(BaseFacade):
         state = adapter_state(self.swap_state.variant(adapter_name))
         return sum(tensor.nbytes for tensor in state.values())
 
-    def adapter_parameters(self, adapter_names: Sequence[str]) -> list[nn.Parameter]:
-        """Return the parameters of adapters that are trained, active or not, for an optimizer.
-
-        Raises:
-            VariantError: There is no such adapter.
-        """
-        return [
-            parameter
-            for name in adapter_names
-            for module in self.adapter_modules(name).values()
-            for parameter in (module.adaption_gate, module.adaption_prompt)
-            if parameter.requires_grad
-        ]
-
     def adapter_modules(self, adapter_name: str) -> dict[str, AdaptedAttention]:
         """Return the modules of an adapter by FQN in the base, wherever they are now.
 
@@ -304,15 +290,6 @@ class AdapterManager(BaseFacade):
         """
         found = self.swap_state.variant(adapter_name)
         return {fqn: m for fqn, m in found.items() if isinstance(m, AdaptedAttention)}
-
-    def saved_modules(self, adapter_name: str) -> dict[str, nn.Module]:
-        """Return the modules trained whole with an adapter (`modules_to_save`) by FQN in the base.
-
-        Raises:
-            VariantError: There is no such adapter.
-        """
-        found = self.swap_state.variant(adapter_name)
-        return {fqn: m for fqn, m in found.items() if not isinstance(m, AdaptedAttention)}
 
     def recompute_contexts(self) -> Contexts:
         """Return contexts for a checkpointed forward, and for doing it again with the same adapters.
@@ -326,13 +303,38 @@ class AdapterManager(BaseFacade):
     def _as_it_was(self, used: Selected | None, choice: Choice) -> Iterator[None]:
         """Use what the running code used, or what was active if it used that."""
         if used is not None:
-            with self.sharing.using(lambda: used):
+            with self.sharing.using(lambda: self._again(used)):
                 yield
         elif self.sharing.used() is None and choice == self._choice():
             yield
         else:
             with self.activated(choice):
                 yield
+
+    def _select(self, choices: Sequence[Choice]) -> Selected:
+        self._require_unmerged()
+        return select(self.swap_state, self.peft_config, choices)
+
+    def _again(self, used: Selected) -> Selected:
+        """Return what was used before, if it still can be."""
+        self._require_unmerged()
+        gone = sorted(used.names - self.peft_config.keys())
+        if gone:
+            msg = (
+                f"Adapter {listed(gone)} was deleted before the backward pass: expected what the "
+                "forward ran with, to compute it again. Delete it afterwards."
+            )
+            raise VariantError(msg)
+        return used
+
+    def _require_unmerged(self) -> None:
+        """Refuse other adapters than the active one where that one is in the base's weights."""
+        if self._kind() == MERGED:
+            msg = (
+                "Model has a merged adapter: expected none while rows or threads have adapters of "
+                "their own, since they would get its bias too. Call unmerge_adapter first."
+            )
+            raise OptionsError(msg)
 
     def _choice(self) -> Choice:
         """Return what is active now, disabled or not enabled counting as the base."""
@@ -435,6 +437,8 @@ class AdapterManager(BaseFacade):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.sharing = AdapterSharing(self.swap_state)
+        # Listeners of the original's threads are nobody's here.
+        self.swap_state.underlay({})
         for name in self.swap_state.names:
             self._share(name)
 

@@ -14,6 +14,7 @@ from surgery_adaption_prompt.parts import (
     Attention,
     AttentionArchitecture,
     PromptPart,
+    Sharing,
 )
 
 TERMS = "adaption_terms"
@@ -46,15 +47,6 @@ class OtherTerms(Protocol):
         is_projected: bool,
     ) -> Tensor | None:
         """Return a term as `PromptPart.term` does; None for none."""
-
-
-class Sharing(Protocol):
-    """Tells the code that runs now whether it gets other terms than the module's own."""
-
-    is_in_force: bool
-
-    def terms(self) -> OtherTerms | None:
-        """Return them; None for the module's own."""
 
 
 class AdaptedAttention(nn.Module):
@@ -264,12 +256,16 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _other_terms(sharing: Sharing) -> OtherTerms | None:
-    return _uncompiled_terms(sharing) if torch.compiler.is_compiling() else sharing.terms()
+    found: OtherTerms | None = (
+        _uncompiled_terms(sharing) if torch.compiler.is_compiling() else sharing.terms()
+    )
+    return found
 
 
 @torch.compiler.disable(reason="it would not see which adapters a thread uses: use fixed_rows()")  # type: ignore[untyped-decorator,no-untyped-call]
 def _uncompiled_terms(sharing: Sharing) -> OtherTerms | None:
-    return sharing.terms()
+    found: OtherTerms | None = sharing.terms()
+    return found
 
 
 def _restore(

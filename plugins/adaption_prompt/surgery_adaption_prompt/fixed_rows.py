@@ -23,6 +23,7 @@ from surgery_core import (
     Site,
     Tree,
     Where,
+    listed,
 )
 
 NAME = "adaption_prompt_fixed_rows"
@@ -103,7 +104,12 @@ class FixedRows:
                 f"max_rows={self._max_rows}, one for each row."
             )
             raise OptionsError(msg)
+        bad = [name for name in adapter_names if not isinstance(name, str)]
+        if bad:
+            msg = f"adapter_names has {bad[0]!r}: expected one adapter's name for each row."
+            raise OptionsError(msg)
         rows = self._resolve(adapter_names)
+        self._check_places(rows)
         with torch.no_grad():
             found = {
                 fqn: _stacked(module, rows[fqn])
@@ -112,6 +118,25 @@ class FixedRows:
             }
             for fqn, module in self._modules.items():
                 _fill_(module, found.get(fqn))
+
+    def _check_places(self, rows: Rows) -> None:
+        """Refuse adapters for which the modules with buffers were not made."""
+        missing = sorted(rows.keys() - self._modules.keys())
+        if missing:
+            msg = (
+                f"Adapters have modules at {listed(missing)}, where there are no buffers: expected "
+                "adapters of layers that some adapter had when fixed_rows was called. Call it again."
+            )
+            raise OptionsError(msg)
+        for fqn, chosen in rows.items():
+            (own,) = self._modules[fqn].parts
+            for _, part in (entry for row in chosen for entry in row):
+                if part.config.project_output is not own.config.project_output:
+                    msg = (
+                        f"Adapter adds its term on another side of the output projection at {fqn!r} "
+                        "than those fixed_rows was called with. Use adapter_names."
+                    )
+                    raise OptionsError(msg)
 
 
 class FixedRowsOperation(Operation[None]):

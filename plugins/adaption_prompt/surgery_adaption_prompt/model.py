@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from surgery_adaption_prompt.adapters import MERGED, AdapterManager, Derived
@@ -123,6 +124,29 @@ class AdaptionPromptModel(AdapterManager):
             raise VariantError(msg)
         return self.peft_config[names[0]]
 
+    def adapter_parameters(self, adapter_names: Sequence[str]) -> list[nn.Parameter]:
+        """Return the parameters of adapters that are trained, active or not, for an optimizer.
+
+        Raises:
+            VariantError: There is no such adapter.
+        """
+        return [
+            parameter
+            for name in adapter_names
+            for module in self.adapter_modules(name).values()
+            for parameter in (module.adaption_gate, module.adaption_prompt)
+            if parameter.requires_grad
+        ]
+
+    def saved_modules(self, adapter_name: str) -> dict[str, nn.Module]:
+        """Return the modules trained whole with an adapter (`modules_to_save`) by FQN in the base.
+
+        Raises:
+            VariantError: There is no such adapter.
+        """
+        found = self.swap_state.variant(adapter_name)
+        return {fqn: m for fqn, m in found.items() if not isinstance(m, AdaptedAttention)}
+
     def status(self) -> ModelStatus:
         """Return what is active and what is stored, with sizes, places and gates."""
         return model_status(
@@ -195,11 +219,11 @@ class AdaptionPromptModel(AdapterManager):
         Raises:
             VariantError: Nothing is merged.
         """
-        with self.sharing.lock:
-            if self._kind() != MERGED:
-                msg = "Model has no merged adapter: expected one. Call merge_adapter first."
-                raise VariantError(msg)
-            self.set_adapter(self._selected_choice())
+        if self._kind() != MERGED:
+            msg = "Model has no merged adapter: expected one. Call merge_adapter first."
+            raise VariantError(msg)
+        # Not under the lock: a store may have to be asked, which takes its own lock first.
+        self.set_adapter(self._selected_choice())
 
     def merge_and_unload(self) -> PreTrainedModel:
         """Merge what is active as `merge_adapter` does, remove everything else, return the base.
@@ -219,6 +243,12 @@ class AdaptionPromptModel(AdapterManager):
     def _active_prompts(self) -> dict[str, AdaptedAttention]:
         """Return the modules of what is active, if it can be merged."""
         self._require_enabled("merge_adapter")
+        if self.sharing.is_in_force:
+            msg = (
+                "Nothing is merged: expected no thread that uses adapters of its own, since it would "
+                "get the merged bias too. Merge when they are done."
+            )
+            raise OptionsError(msg)
         for name in self.active_adapters:
             prompt_modules(name, self.swap_state)
         variant = self.swap_state.variant(self.swap_state.selected or "")
@@ -280,14 +310,15 @@ class AdaptionPromptModel(AdapterManager):
             SurgeryError: The folder cannot be read, or does not fit this model; nothing was added.
         """
         config, state = read_folder(self.model, model_id, is_trainable=is_trainable)
-        self._add(adapter_name, config, state)
-        try:
-            check_base(model_id, self.adapter_modules(adapter_name), policy=base_check)
-        except BaseException:
-            self.delete_adapter(adapter_name)
-            raise
-        if self.swap_state.selected is None:
-            self.swap_state.set(adapter_name)
+        with self.sharing.lock:
+            self._add(adapter_name, config, state)
+            try:
+                check_base(model_id, self.adapter_modules(adapter_name), policy=base_check)
+            except BaseException:
+                self.delete_adapter(adapter_name)
+                raise
+            if self.swap_state.selected is None:
+                self.swap_state.set(adapter_name)
 
     def hotswap_adapter(
         self,

@@ -55,10 +55,21 @@ class AttentionArchitecture(Protocol):
         """Return why PEFT would compute something else with the same tensors; None if it would not."""
 
 
+class Sharing(Protocol):
+    """Tells the code that runs now whether it gets other terms than the module's own."""
+
+    is_in_force: bool
+    epoch: int
+
+    def terms(self) -> Any:  # noqa: ANN401 (see attention.OtherTerms)
+        """Return them; None for the module's own."""
+
+
 class Attention(Protocol):
     """The attention module that a part belongs to."""
 
     architecture: AttentionArchitecture
+    sharing: Sharing | None
     _parameters: Any
 
 
@@ -85,6 +96,7 @@ class PromptPart:
         self.prompt_name = prompt_name
         self.gate_name = gate_name
         self.kept: BakedPrompt | None = None
+        self._epoch = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What was kept for one module is nothing to a copy.
@@ -95,10 +107,19 @@ class PromptPart:
         """Names of the two parameters."""
         return self.prompt_name, self.gate_name
 
-    def is_good(self, query: Tensor) -> bool:
+    def is_good(self, attention: Attention, query: Tensor) -> bool:
         """Tell whether what is kept is good for a query."""
         kept = self.kept
-        return kept is not None and kept.key.dtype is query.dtype and kept.sources.are_unchanged()
+        return (
+            kept is not None
+            and kept.key.dtype is query.dtype
+            and self._epoch == _epoch(attention)
+            and kept.sources.are_unchanged()
+        )
+
+    def keep(self, attention: Attention, kept: BakedPrompt) -> None:
+        """Keep keys and gated values until something of them changes."""
+        self.kept, self._epoch = kept, _epoch(attention)
 
     def forget(self) -> None:
         """Drop the keys and values kept from one pass to the next."""
@@ -155,7 +176,7 @@ class PromptPart:
             not torch.is_grad_enabled()
             and not is_training
             and _may_keep(query)
-            and self.is_good(query)
+            and self.is_good(attention, query)
         ):
             return self.kept
         found = baked_together([(attention, self)], query, is_training=is_training)
@@ -181,13 +202,17 @@ def baked_together(
     """
     if torch.is_grad_enabled() or is_training:
         # Training is under way, and not every optimizer's steps are counted by PyTorch.
-        for _, part in entries:
+        for attention, part in entries:
             if part.kept is not None:
                 part.kept = None
+            # Others may keep something of the same parameters: whoever uses the adapter by row or
+            # in another thread.
+            if attention.sharing is not None and not torch.compiler.is_compiling():
+                attention.sharing.epoch += 1
         return None
     if not _may_keep(query):
         return None
-    stale = [entry for entry in entries if not entry[1].is_good(query)]
+    stale = [entry for entry in entries if not entry[1].is_good(entry[0], query)]
     if stale:
         _bake(stale, query)
     found = [part.kept for _, part in entries]
@@ -223,7 +248,12 @@ def _bake(entries: Sequence[Entry], query: Tensor) -> None:
         )
         # A gate may be too large for the dtype of the values.
         if torch.isfinite(value).all():
-            part.kept = BakedPrompt(key=key, value=value, sources=sources)
+            part.keep(at, BakedPrompt(key=key, value=value, sources=sources))
+
+
+def _epoch(attention: Attention) -> int:
+    """Return how many passes with gradients there were, over all adapters of the model."""
+    return 0 if attention.sharing is None else attention.sharing.epoch
 
 
 def _may_keep(query: Tensor) -> bool:

@@ -32,6 +32,7 @@ class AdapterSharing:
     def __init__(self, swap_state: SwapState) -> None:
         self.lock = RLock()
         self.is_in_force = False
+        self.epoch = 0
         self._swap_state = swap_state
         self._running: list[Selected] = []
         self._listeners: dict[str, AdaptedAttention] = {}
