@@ -7,6 +7,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 from surgery_adaption_prompt import Composition
+from torch import nn
 
 from support.adapters_walk import (
     DISK,
@@ -18,6 +19,7 @@ from support.adapters_walk import (
     AdaptersWalk,
     drawn,
     drawn_config,
+    quoted,
 )
 from support.families import tokens
 from support.plain_adapters import BASE, LIMITS, Adapter, Tensors, names_of, weights_of
@@ -64,7 +66,7 @@ class AdaptersChange(AdaptersWalk):
         if name in self.plain.known:
             self.refused(VariantError, lambda: self.model.add_adapter(name, config))
             return
-        twins = sorted(set(self.plain.known)) if draw.random() < 0.4 else []
+        twins = sorted(set(self.plain.known)) if draw.random() < 0.5 else []
         if twins:
             twin = self.plain.known[draw.choice(twins)].tensors
             config, state = twin.config, twin.state
@@ -90,7 +92,8 @@ class AdaptersChange(AdaptersWalk):
     @rule(code=codes)
     def rename(self, code):
         draw = drawn(code)
-        name, new_name = self.drawn_name(draw), self.drawn_free_name(draw)
+        idle = [name for name in self.plain.known if not self.is_shared(name)]
+        name, new_name = draw.choice([*idle, self.drawn_name(draw)]), self.drawn_free_name(draw)
         new_name = draw.choice([new_name, new_name, new_name, draw.choice(["../x", "", BASE])])
         is_bad = new_name in {*self.plain.known, BASE, "../x", ""} or name not in self.plain.known
         if is_bad or self.is_shared(name):
@@ -229,20 +232,25 @@ class AdaptersChange(AdaptersWalk):
 
     @precondition(lambda self: self.plain.known)
     @rule(code=codes)
-    def edit_in_place(self, code):
+    def edit(self, code):
+        """In place; or another parameter is put there, as loading with `assign=True` does."""
         draw = drawn(code)
-        name = draw.choice(list(self.plain.known))
+        name = draw.choice([*self.plain.known, *list(self.plain.active) * 3])
         adapter = self.plain.known[name]
         key, factor = draw.choice(list(adapter.tensors.state)), draw.choice([0.5, 1.5, -1.0])
-
-        def change(tensor):
-            with torch.no_grad():
-                tensor.mul_(factor)
-
         fqn, _, own = key.rpartition(".")
-        change(getattr(self.model.adapter_modules(name)[fqn], own))
-        adapter.tensors = adapter.tensors.changed(key, change)
-        self.happens("edit in place")
+        if name in self.plain.active and draw.random() < 0.5:
+            module = self.base.get_submodule(fqn)
+            place = own if name == self.plain.variant else f"{own}_{quoted(name)}"
+            old = getattr(module, place)
+            new = nn.Parameter(old.detach() * factor, requires_grad=old.requires_grad)
+            setattr(module, place, new)
+            self.happens("put another parameter there")
+        else:
+            with torch.no_grad():
+                getattr(self.model.adapter_modules(name)[fqn], own).mul_(factor)
+            self.happens("edit in place")
+        adapter.tensors = adapter.tensors.multiplied(key, factor)
 
     @rule(dtype=dtypes)
     def move_all(self, dtype):

@@ -302,7 +302,7 @@ class AdaptersWalk(RuleBasedStateMachine):
             for name, adapter in adapters.items():
                 # As the adapter's own module has them, whatever they are called here.
                 suffix = "" if name == plain.variant else f"_{quoted(name)}"
-                theirs = adapter.modules[fqn]
+                theirs = self.model.adapter_modules(name)[fqn]
                 expected[f"adaption_prompt{suffix}"] = theirs.adaption_prompt
                 expected[f"adaption_gate{suffix}"] = theirs.adaption_gate
                 assert own[f"adaption_gate{suffix}"].requires_grad is adapter.is_trainable

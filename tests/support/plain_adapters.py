@@ -47,11 +47,9 @@ class Tensors:
     def cast(self, dtype):
         return Tensors(self.config, {key: tensor.to(dtype) for key, tensor in self.state.items()})
 
-    def changed(self, key, change):
-        """Return it with one tensor changed in place."""
-        tensor = self.state[key].clone()
-        change(tensor)
-        return Tensors(self.config, {**self.state, key: tensor})
+    def multiplied(self, key, factor):
+        """Return it with one tensor multiplied."""
+        return Tensors(self.config, {**self.state, key: self.state[key] * factor})
 
 
 @dataclass
@@ -283,17 +281,20 @@ class PlainAdapters:
         if self.rows is not None:
             self.rows.view = _narrowed(self.rows.view, dtype)
 
+    def is_in_context(self, place):
+        return place is not None and bool(self.stacks[place])
+
     # -- what is computed -------------------------------------------------------------------------
 
     def choices(self, place):
         """Return what a thread uses now, by names: one choice, or one for each row."""
-        if self.stacks[place]:
+        if self.is_in_context(place):
             return self.stacks[place][-1]
         return (self.selected if self.is_enabled and self.kind == "plain" else BASE,)
 
     def view(self, place):
-        """Return what a thread computes with."""
-        if not self.stacks[place] and self.is_enabled:
+        """Return what a thread computes with, or, for None, one that uses what is active."""
+        if not self.is_in_context(place) and self.is_enabled:
             if self.kind == "merged":
                 return self.frozen
             if self.kind == "rows":
