@@ -324,6 +324,8 @@ class SwapState(nn.Module):
         moves = self._moves(entering, self._floor)
         self._follow_active()
         found = {name: self._followed(stored) for name, stored in found.items()}
+        # Also if what follows fails: they have moved.
+        store.update((name, stored) for name, stored in found.items() if name in store)
         for lender, names in lenders.items():
             _share(found[lender].modules, entering, names)
         self._write(moves)

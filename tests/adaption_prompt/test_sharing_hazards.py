@@ -1,6 +1,7 @@
 """What must not mix: merged adapters, fused optimizers, copies and late deletions with threads and rows."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from support.families import build, open_gates_, tokens
 from surgery_adaption_prompt import AdapterStore, AdaptionPromptConfig, AdaptionPromptModel
 
 from surgery_core import OptionsError, VariantError
+from surgery_core.testing import InjectedError, failing_at
 
 IDS = tokens(2, 6)
 
@@ -136,3 +138,113 @@ def test_unmerging_asks_the_store_before_it_takes_the_lock(tmp_path):
     model.store.lease = unlocked
     model.unmerge_adapter()
     assert "one" == model.swap_state.active
+
+
+def test_an_evaluation_between_backward_and_a_fused_step_leaves_nothing_stale():
+    """PyTorch does not count what a fused optimizer writes; a waiting gradient tells of it."""
+    model = make(fr=3)
+    optimizer = torch.optim.AdamW(model.adapter_parameters(["fr"]), lr=0.3, fused=True)
+    model(IDS, labels=IDS).loss.backward()
+    before = logits(model)
+    optimizer.step()
+    optimizer.zero_grad()
+
+    assert not torch.allclose(before, logits(model))
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+
+
+def test_an_evaluation_between_forward_and_backward_keeps_nothing_either():
+    model = make(fr=3)
+    optimizer = torch.optim.AdamW(model.adapter_parameters(["fr"]), lr=0.3, fused=True)
+    loss = model(IDS, labels=IDS).loss
+    logits(model)
+    loss.backward()
+    before = logits(model)
+    optimizer.step()
+    optimizer.zero_grad()
+
+    assert not torch.allclose(before, logits(model))
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+
+
+def failing_on(model, number=0):
+    model.swap_state.on_write = failing_at(number)
+
+
+def test_a_first_adapter_that_cannot_be_activated_is_not_added(tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path, selected_adapters=["fr"])
+    for name in ("one", "fr"):
+        model.delete_adapter(name)
+    config = AdaptionPromptConfig(adapter_len=2, adapter_layers=1)
+    for add in (
+        lambda: model.add_adapter("new", config),
+        lambda: model.load_adapter(tmp_path / "fr", "new"),
+    ):
+        failing_on(model)
+        with pytest.raises(InjectedError):
+            add()
+        model.swap_state.on_write = None
+
+        assert {} == model.peft_config
+        assert () == model.swap_state.names
+    model.add_adapter("new", config)
+    assert "new" == model.active_adapter
+
+
+def test_a_composition_that_cannot_be_activated_leaves_nothing():
+    model = make()
+    failing_on(model)
+    with pytest.raises(InjectedError):
+        model.set_adapter({"one": 1.0, "fr": 1.0})
+    model.swap_state.on_write = None
+
+    assert ("fr", "one") == model.swap_state.names
+    assert {"one", "fr"} == set(model._modules_of)
+    model.set_adapter({"one": 1.0, "fr": 1.0})
+    model.set_adapter("one")
+    assert {"one", "fr"} == set(model._modules_of)
+
+
+def test_a_context_that_cannot_be_left_cleanly_leaves_a_model_that_computes_right():
+    """Listeners that stay compute what the base does; the next change takes them out."""
+    model = make()
+    expected = logits(model)
+    context = model.activated("fr")
+    context.__enter__()
+    failing_on(model)
+    with pytest.raises(InjectedError):
+        context.__exit__(None, None, None)
+    model.swap_state.on_write = None
+
+    assert not model.sharing.is_in_force
+    assert torch.equal(expected, logits(model))
+    base = model.unload()
+    assert not any("Adapted" in type(module).__name__ for module in base.modules())
+
+
+def test_a_switch_that_fails_after_the_base_moved_leaves_adapters_where_it_went():
+    model = make()
+    model.get_base_model().double()
+    failing_on(model)
+    with pytest.raises(InjectedError):
+        model.set_adapter("fr")
+    model.swap_state.on_write = None
+    model.get_base_model().float()
+    model.set_adapter("fr")
+
+    for module in model.adapter_modules("fr").values():
+        assert torch.float32 is module.adaption_prompt.dtype
+
+
+def test_hotswapping_waits_for_whoever_holds_the_lock(tmp_path):
+    """A context being entered, or another switch, sees the values before or those after."""
+    model = make()
+    model.save_pretrained(tmp_path, selected_adapters=["fr"])
+    with ThreadPoolExecutor(1) as pool, model.sharing.lock:
+        done = pool.submit(model.hotswap_adapter, tmp_path / "fr", "fr")
+        with pytest.raises(TimeoutError):
+            done.result(timeout=0.3)
+        model.sharing.lock.release()
+        done.result(timeout=30)
+        model.sharing.lock.acquire()

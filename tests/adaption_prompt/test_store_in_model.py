@@ -125,9 +125,17 @@ def test_adapters_swapped_or_renamed_become_the_models_own(folder, model):
 
 
 def test_a_model_without_adapters_gets_its_first_from_the_store(known, model):
+    """Loading activates nothing: a batch may have asked, and what is active cannot be evicted."""
     model.delete_adapter("own")
-    model.store.ensure(model, ["heads"])
+    with model.disable_adapter():
+        base = logits(model)
+    rows = logits(model, adapter_names=["heads", "__base__"])
 
+    assert model.active_adapter is None
+    assert torch.equal(base, logits(model))
+    assert torch.equal(base[1], rows[1])
+    assert not torch.equal(base[0], rows[0])
+    model.set_adapter("heads")
     known.set_adapter("heads")
     assert torch.equal(logits(known), logits(model))
     model.unload()

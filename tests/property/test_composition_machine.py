@@ -29,6 +29,7 @@ class CompositionMachine(AdaptersChange):
             if not isinstance(choice, str):
                 self.plain.follow(weights_of(choice))
             what = "set one" if isinstance(choice, str) else "set several"
+            self.plain.try_to_select(choice)
             if self.attempt(set_it, what):
                 self.plain.select(choice)
 
@@ -42,6 +43,7 @@ class CompositionMachine(AdaptersChange):
 
     @rule()
     def enable(self):
+        self.plain.try_to_enable()
         if self.attempt(self.model.enable_adapter_layers, "enable"):
             self.plain.enable()
 
@@ -63,11 +65,10 @@ class CompositionMachine(AdaptersChange):
 
     @rule(code=codes)
     def merge(self, code):
-        """What is active, or something that can be merged."""
+        """What is active, or something that can be merged; not while a thread has its own."""
         draw = drawn(code)
-        if self.plain.is_shared and draw.random() < 0.6:
-            return
-        self.leave_all()
+        if draw.random() < 0.6:
+            self.leave_all()
         known, short = self.plain.known, self.short_names()
         if short and draw.random() < 0.8:
             chosen = draw.sample(short, draw.randint(1, len(short)))
@@ -75,7 +76,7 @@ class CompositionMachine(AdaptersChange):
             self.set_active(Composition({name: draw.uniform(-2, 2) for name in chosen}))
         lengths = {known[n].tensors.config.adapter_len for n in weights_of(self.plain.selected)}
         can_merge = self.plain.is_enabled and self.plain.kind == "plain" and lengths == {1}
-        if not can_merge:
+        if not can_merge or self.plain.is_shared:
             self.refused(OptionsError, self.model.merge_adapter)
         elif self.attempt(self.model.merge_adapter, "merge"):
             self.plain.merge()
@@ -87,12 +88,12 @@ class CompositionMachine(AdaptersChange):
         if self.asks(weights_of(choice), self.model.unmerge_adapter):
             if not isinstance(choice, str):
                 self.plain.follow(weights_of(choice))
+            self.plain.try_to_select(choice)
             if self.attempt(self.model.unmerge_adapter, "unmerge"):
                 self.plain.select(choice)
 
     # -- what threads use, and rows -----------------------------------------------------------------
 
-    @precondition(AdaptersChange.nothing_is_merged)
     @rule(code=codes)
     def enter(self, code):
         """One choice, or one for each row, in this thread or in one of the others."""
@@ -108,6 +109,9 @@ class CompositionMachine(AdaptersChange):
             self.runners[place](context.__enter__)
 
         if self.asks(names_of(choices), enter):
+            if self.plain.kind == "merged":
+                self.refused(OptionsError, enter)
+                return
             self.plain.follow(names_of(choices))
             if self.attempt(enter, f"enter in thread {place}"):
                 self.contexts[place].append(context)
@@ -119,7 +123,6 @@ class CompositionMachine(AdaptersChange):
         self.leave(drawn(code).choice([p for p, stack in enumerate(self.contexts) if stack]))
         self.happens("leave")
 
-    @precondition(AdaptersChange.nothing_is_merged)
     @rule(code=codes)
     def forward_with_names(self, code):
         draw = drawn(code)
@@ -133,6 +136,9 @@ class CompositionMachine(AdaptersChange):
         if num_rows != ROWS:
             self.refused(OptionsError, forward)
         elif self.asks(names_of(choices), forward):
+            if self.plain.kind == "merged":
+                self.refused(OptionsError, forward)
+                return
             self.plain.follow(names_of(choices))
             stack = self.plain.stacks[place]
             stack.append(choices)
@@ -174,9 +180,8 @@ class CompositionMachine(AdaptersChange):
     def assign_some(self, draw):
         rows = self.plain.rows
         all_tensors = {**self.plain.on_disk, **self.plain.tensors(self.plain.known)}
-        fitting = [name for name, tensors in all_tensors.items() if self.has_room_for(tensors)]
         num_rows = draw.choice([0, 1, 2, 2, 2, 2, 2, 3, 4])
-        names = [draw.choice([*fitting, BASE]) for _ in range(num_rows)]
+        names = [draw.choice([*all_tensors, BASE]) for _ in range(num_rows)]
         names += [NOBODY] * (draw.random() < 0.05)
 
         def assign():
@@ -187,7 +192,8 @@ class CompositionMachine(AdaptersChange):
         elif self.asks(names_of(names), assign):
             self.plain.follow(names_of(names))
             lengths = [all_tensors[name].config.adapter_len for name in names_of(names)]
-            if max(lengths, default=0) > rows.length:
+            are_known = all(all_tensors[name].fqns <= rows.fqns for name in names_of(names))
+            if max(lengths, default=0) > rows.length or not are_known:
                 self.refused(OptionsError, assign)
                 return
             assign()
@@ -236,7 +242,6 @@ class CompositionMachine(AdaptersChange):
         if self.plain.kind != "merged":
             self.refused(VariantError, model.unmerge_adapter)
 
-    @precondition(AdaptersChange.nothing_is_shared)
     @rule(code=codes)
     def copy_the_model(self, code):
         """The copy computes the same, and whatever becomes of it is nothing to the model."""

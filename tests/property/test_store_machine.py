@@ -77,7 +77,19 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(name=names)
     def use_or_stop_using(self, name):
-        self.host.used ^= {name} & ({*self.host.peft_config} | self.host.used)
+        if name in self.host.used:
+            self.host.used.remove(name)
+        elif name in self.host.peft_config:
+            # As the model does with whatever it is about to use.
+            self.ensure([name])
+            self.host.used.add(name)
+            self.host.follow(name)
+
+    @rule(name=names)
+    def put_back_what_is_in_use(self, name):
+        """The base may have moved while it was disabled."""
+        if name in self.host.used:
+            self.host.follow(name)
 
     @rule(name=names)
     def break_or_mend_loading(self, name):
@@ -105,9 +117,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.plain.forget([name])
         self.by_hand.discard(name)
 
-    @rule(width=st.sampled_from([2, 4, 8]))
-    def move_to_another_dtype(self, width):
-        self.host.width = width
+    @rule(width=st.sampled_from([2, 4, 8]), is_base_alone=st.booleans())
+    def move_to_another_dtype(self, width, is_base_alone):
+        self.host.move(width, is_base_alone=is_base_alone)
 
     @invariant()
     def everything_is_where_it_should_be(self):

@@ -97,7 +97,7 @@ class AdaptersWalk(RuleBasedStateMachine):
         store = PlainStore(
             BUDGET,
             on_disk=lambda name: 4 * sizes[name],
-            in_model=lambda name: self.plain.dtype.itemsize * sizes[name],
+            in_model=lambda name: self.dtype_of(name).itemsize * sizes[name],
         )
         self.plain = PlainAdapters(store, on_disk, [[] for _ in self.runners])
         start = {
@@ -123,9 +123,14 @@ class AdaptersWalk(RuleBasedStateMachine):
         open_gates_(modules, seed=seed)
         self.plain.add(name, Adapter(Tensors.of(config, modules), self.plain.dtype))
 
+    def dtype_of(self, name):
+        """Return what an adapter has, or will have once it is loaded."""
+        known = self.plain.known.get(name)
+        return self.plain.dtype if known is None else known.tensors.dtype
+
     def attempt(self, call, what):
         """Do something with the fault that is armed, and tell whether it happened."""
-        if self.fault is not None and self.nothing_follows() and self.plain.selected is not None:
+        if self.fault is not None:
             self.model.swap_state.on_write = failing_at(self.fault)
         try:
             call()
@@ -212,28 +217,6 @@ class AdaptersWalk(RuleBasedStateMachine):
         if rows.is_in_force:
             self.plain.select(rows.before)
         self.plain.rows = self.rows = self.rows_context = None
-
-    # -- what is avoided ----------------------------------------------------------------------------
-
-    def nothing_is_merged(self):
-        """While something is merged, threads with adapters of their own get it on top."""
-        return self.plain.kind != "merged"
-
-    def nothing_is_shared(self):
-        """See `nothing_is_merged`; and copies made meanwhile keep what listens in their slots."""
-        return not self.plain.is_shared
-
-    def nothing_follows(self):
-        """A switch that fails leaves adapters moved after the base, but not noted as moved."""
-        return all(a.base_dtype is self.plain.dtype for a in self.plain.known.values())
-
-    def the_stores_may_go(self):
-        """When the base moves alone, a store may count the bytes of its adapters wrong."""
-        return not set(self.plain.store.order) & self.plain.in_use
-
-    def has_room_for(self, tensors):
-        """Layers that no adapter had when the buffers for rows were opened have none."""
-        return tensors.fqns <= self.plain.rows.fqns
 
     # -- what always holds ----------------------------------------------------------------------------
 

@@ -221,7 +221,7 @@ class PlainAdapters:
         for name in names:
             if name in self.store.order and name not in before:
                 tensors = self.on_disk[name].cast(self.dtype)
-                self.add(name, Adapter(tensors, self.dtype, is_trainable=False))
+                self.known[name] = Adapter(tensors, self.dtype, is_trainable=False)
         return error
 
     def follow(self, names):
@@ -230,19 +230,27 @@ class PlainAdapters:
             if self.known[name].base_dtype is not self.dtype:
                 self.known[name].cast(self.dtype)
 
-    def select(self, choice):
-        """Make an adapter or a composition the selected one."""
+    def try_to_select(self, choice):
+        """See `try_to_enable`."""
         is_same = self.kind == "plain" and choice == self.selected
         if not is_same and (self.is_enabled or not isinstance(choice, str)):
             self.follow(weights_of(choice))
+
+    def select(self, choice):
+        """Make an adapter or a composition the selected one."""
+        self.try_to_select(choice)
         if self.rows is not None and self.kind == "rows":
             self.rows.is_in_force = False
         self.selected, self.kind, self.frozen = choice, "plain", None
 
     def enable(self):
+        self.try_to_enable()
+        self.is_enabled = True
+
+    def try_to_enable(self):
+        """Note what happens before the write that may fail: adapters follow the base."""
         if not self.is_enabled and self.kind == "plain":
             self.follow(weights_of(self.selected))
-        self.is_enabled = True
 
     def merge(self):
         self.frozen = self._view((self.selected,), is_exact=False)
@@ -259,13 +267,18 @@ class PlainAdapters:
         choices = (*names, *[BASE] * (self.rows.max_rows - len(names)))
         self.rows.view = self._view(choices, is_exact=False)
 
+    def try_to_delete(self, name):
+        """See `try_to_enable`: the next adapter takes the place of the active one."""
+        then = next((other for other in self.known if other != name), None)
+        if name == self.variant and self.is_enabled and then is not None:
+            self.follow([then])
+
     def delete(self, name):
+        self.try_to_delete(name)
         del self.known[name]
         self.store.forget([name])
         if name == self.variant:
             self.selected = next(iter(self.known), None)
-            if self.is_enabled and self.selected is not None:
-                self.follow([self.selected])
 
     def rename(self, name, new_name):
         self.known = {new_name if key == name else key: at for key, at in self.known.items()}

@@ -23,10 +23,12 @@ class FakeHost:
         self.peft_config = {}
         self.used, self.broken, self.wide = set(), set(), set()
         self.calls = []
+        # Of the base; those of adapters that have not followed it are kept by name.
         self.width = 4
+        self.widths = {}
         self.is_entered = False
 
-    def load_adapter(self, model_id, adapter_name, *, is_trainable=False, base_check="warn"):
+    def add_from_folder(self, model_id, adapter_name, *, is_trainable=False, base_check="warn"):
         assert not self.is_entered, "two threads at once"
         self.is_entered = True
         time.sleep(0)
@@ -43,13 +45,25 @@ class FakeHost:
     def add(self, name):
         """Add an adapter, by hand where the store does not call it."""
         self.peft_config[name] = copy.copy(CONFIG)
+        self.follow(name)
+
+    def move(self, width, *, is_base_alone):
+        """Take another dtype; of the base alone, adapters follow when they are used."""
+        self.widths = {n: self.widths.get(n, self.width) for n in self.peft_config}
+        if not is_base_alone:
+            self.widths.clear()
+        self.width = width
+
+    def follow(self, name):
+        """Take an adapter where the base went."""
+        self.widths.pop(name, None)
 
     def delete_adapter(self, name):
         self.calls.append(("delete", name))
         del self.peft_config[name]
 
     def adapter_bytes(self, name):
-        return (8 if name in self.wide else self.width) * VALUES[name]
+        return (8 if name in self.wide else self.widths.get(name, self.width)) * VALUES[name]
 
     def is_in_use(self, name):
         return name in self.used

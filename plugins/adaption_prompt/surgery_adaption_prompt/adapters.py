@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Self, cast
 
 from torch import Tensor
@@ -18,7 +17,11 @@ from surgery_adaption_prompt.fixed_rows import FixedRows, Rows, fixed_rows_rule
 from surgery_adaption_prompt.folders import BASE, check_name
 from surgery_adaption_prompt.operation import adapter_rules
 from surgery_adaption_prompt.selection import (
+    COMPOSED,
+    MERGED,
+    ROWS,
     Choice,
+    Derived,
     Selected,
     prompt_modules,
     require_adapters,
@@ -29,24 +32,6 @@ from surgery_adaption_prompt.sharing import AdapterSharing
 from surgery_adaption_prompt.store import AdapterStore
 from surgery_adaption_prompt.text_init import Tokenizer, prompts_from_text
 from surgery_core import BoundRule, Loans, OptionsError, Plan, SwapState, VariantError, listed
-
-COMPOSED, MERGED, ROWS = "derived/composed", "derived/merged", "derived/rows"
-"""Variants made of adapters; no adapter's name has a separator."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Derived:
-    """A variant that is made of adapters.
-
-    Args:
-        kind: One of the names above.
-        variant: Its name in the swap state.
-        choice: What it computes; for rows, what was active before.
-    """
-
-    kind: str
-    variant: str
-    choice: Choice
 
 
 class AdapterManager(BaseFacade):
@@ -90,8 +75,7 @@ class AdapterManager(BaseFacade):
         """
         with self.sharing.lock:
             self._add(adapter_name, config, state, tokenizer=tokenizer)
-            if self.swap_state.selected is None:
-                self.swap_state.set(adapter_name)
+            self._select_first(adapter_name)
 
     def set_adapter(self, adapter_name: Choice) -> None:
         """Make an adapter the active one; while disabled, the one that `enable_*` will activate.
@@ -237,6 +221,9 @@ class AdapterManager(BaseFacade):
                 if self.sharing.is_used(name):
                     self._require_unshared(name)
             self.swap_state.disable()
+            if not self.sharing.is_in_force:
+                # What a context could not take out when it ended.
+                self.swap_state.underlay({})
             self._forget_derived()
             for name in list(self.peft_config):
                 self.delete_adapter(name)
@@ -374,6 +361,7 @@ class AdapterManager(BaseFacade):
             self._share(derived.variant)
             self._activate(derived.variant)
         except BaseException:
+            self._modules_of.pop(derived.variant, None)
             self.swap_state.delete(derived.variant)
             raise
         self._derived = derived
@@ -481,6 +469,15 @@ class AdapterManager(BaseFacade):
             raise
         self._share(name)
         self.peft_config[name] = config
+
+    def _select_first(self, name: str) -> None:
+        """Select an adapter that was just added if nothing is selected; delete it if that fails."""
+        if self.swap_state.selected is None:
+            try:
+                self.swap_state.set(name)
+            except BaseException:
+                self.delete_adapter(name)
+                raise
 
     def _plan(self, config: AdaptionPromptConfig) -> Plan:
         """Plan an adapter, or look at the latest plan: adapters of one form come in numbers."""

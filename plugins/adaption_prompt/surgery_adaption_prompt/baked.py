@@ -22,9 +22,10 @@ class Sources:
     """Parameters and projections that something was computed from, and whether they are unchanged.
 
     PyTorch counts writes to a tensor: edits in place, loads, and the steps of most optimizers are
-    seen so. Another tensor, storage or module in the same place is seen too, and hooks. Not counted
-    are a fused optimizer's step and writes through `.data`, so whoever uses this must forget it when
-    gradients are computed, when modules are exchanged, and when the adapter enters the model.
+    seen so. Another tensor, storage or module in the same place is seen too, and hooks, and a
+    gradient that waits for an optimizer's step. Not counted are a fused optimizer's step and writes
+    through `.data`, so whoever uses this must forget it when gradients are computed, when modules
+    are exchanged, and when the adapter enters the model.
 
     Args:
         tensors: With an alias each, so that their storage is not freed and reused meanwhile.
@@ -64,17 +65,29 @@ class Sources:
             alias = tensor.detach()
             held.append((table, name, tensor, tensor._version, alias, alias.data_ptr()))  # noqa: SLF001 (no public name)
         found = cls(tensors=tuple(held), children=tuple(children))
-        return found if found.are_unchanged() else None
+        return found if found.are_plain() else None
 
     def are_unchanged(self) -> bool:
-        """Tell whether everything is as it was noted; takes about two microseconds."""
+        """Tell whether everything is as it was noted, and no gradient waits for a step.
+
+        Takes about two microseconds.
+        """
         for table, name, tensor, version, _, pointer in self.tensors:
             if (
                 table.get(name) is not tensor
                 or tensor._version != version  # noqa: SLF001 (no public name)
                 or tensor.data_ptr() != pointer
+                or tensor.grad is not None
             ):
                 return False
+        return self.are_plain()
+
+    def await_a_step(self) -> bool:
+        """Tell whether gradients are there, which an optimizer may be about to use."""
+        return any(tensor.grad is not None for _, _, tensor, _, _, _ in self.tensors)
+
+    def are_plain(self) -> bool:
+        """Tell whether the projections are those noted, and nothing but their parameters counts."""
         for children, name, module in self.children:
             if (
                 children.get(name) is not module

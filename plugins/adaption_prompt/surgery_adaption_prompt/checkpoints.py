@@ -4,10 +4,11 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -257,3 +258,35 @@ def _problem(given: Tensor, own: Tensor) -> str | None:
     if not torch.isfinite(given.to(own.dtype)).all():
         return f"values are not finite in {own.dtype}"
     return None
+
+
+def expected_bytes(folder: Path) -> int:
+    """Return what an adapter will take in a model, from its configuration and its tensors' header.
+
+    It may be too much where modules are trained whole or values are kept in a needlessly wide dtype,
+    and too little for a base in float64 or an `adapter_model.bin`, of which the size is taken.
+
+    Raises:
+        SurgeryError: One of the files cannot be read.
+    """
+    dtype = load_config(folder).dtype
+    path = folder / WEIGHTS_FILE
+    if not path.exists() and (folder / PICKLE_FILE).exists():
+        return (folder / PICKLE_FILE).stat().st_size
+    total = 0
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                tensor = file.get_slice(name)
+                # Of safetensors' dtypes, those with 64 in their names are wider than four bytes.
+                itemsize = 8 if tensor.get_dtype().endswith("64") else 4
+                if dtype is not None and name.endswith((f".{GATE}", f".{PROMPT}")):
+                    itemsize = getattr(torch, dtype).itemsize
+                total += itemsize * prod(tensor.get_shape())
+    except (OSError, SafetensorError) as err:
+        msg = (
+            f"Adapter folder {str(folder)!r} has no readable {WEIGHTS_FILE}: {err}. Pass a folder "
+            "that save_pretrained wrote."
+        )
+        raise SurgeryError(msg) from err
+    return total

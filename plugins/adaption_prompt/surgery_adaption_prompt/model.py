@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 from torch import nn
 from transformers import PreTrainedModel
 
-from surgery_adaption_prompt.adapters import MERGED, AdapterManager, Derived
+from surgery_adaption_prompt.adapters import AdapterManager
 from surgery_adaption_prompt.attention import AdaptedAttention
 from surgery_adaption_prompt.base_check import BaseCheck, check_base
 from surgery_adaption_prompt.checkpoints import load_state_
@@ -19,7 +19,7 @@ from surgery_adaption_prompt.folders import SavableAdapter, check_same_form, rea
 from surgery_adaption_prompt.gate_plot import draw_gates
 from surgery_adaption_prompt.materialise import materialised
 from surgery_adaption_prompt.merged_bias import merged_bias_rule
-from surgery_adaption_prompt.selection import prompt_modules, require_adapters
+from surgery_adaption_prompt.selection import MERGED, Derived, prompt_modules, require_adapters
 from surgery_adaption_prompt.status import ModelStatus, adapter_status, model_status
 from surgery_adaption_prompt.store import AdapterStore
 from surgery_adaption_prompt.text_init import Tokenizer
@@ -300,6 +300,8 @@ class AdaptionPromptModel(AdapterManager):
     ) -> None:
         """Add an adapter from a folder that PEFT or `save_pretrained` wrote.
 
+        It becomes the active one if there is no other.
+
         Args:
             model_id: The folder.
             adapter_name: Its name here.
@@ -309,6 +311,31 @@ class AdaptionPromptModel(AdapterManager):
         Raises:
             SurgeryError: The folder cannot be read, or does not fit this model; nothing was added.
         """
+        with self.sharing.lock:
+            self.add_from_folder(
+                model_id, adapter_name, is_trainable=is_trainable, base_check=base_check
+            )
+            self._select_first(adapter_name)
+
+    def add_from_folder(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        *,
+        is_trainable: bool = False,
+        base_check: BaseCheck = "warn",
+    ) -> None:
+        """Do what `load_adapter` does, but never make the adapter the active one.
+
+        Args:
+            model_id: The folder.
+            adapter_name: Its name here.
+            is_trainable: Keep it trainable; otherwise it is frozen.
+            base_check: What to do if it was trained for another base; see `check_base`.
+
+        Raises:
+            SurgeryError: See `load_adapter`.
+        """
         config, state = read_folder(self.model, model_id, is_trainable=is_trainable)
         with self.sharing.lock:
             self._add(adapter_name, config, state)
@@ -317,8 +344,6 @@ class AdaptionPromptModel(AdapterManager):
             except BaseException:
                 self.delete_adapter(adapter_name)
                 raise
-            if self.swap_state.selected is None:
-                self.swap_state.set(adapter_name)
 
     def hotswap_adapter(
         self,
@@ -341,13 +366,14 @@ class AdaptionPromptModel(AdapterManager):
             StateError: The tensors do not fit; nothing was changed.
             OptionsError: The two compute otherwise, for example with another gate activation.
         """
-        modules = self.swap_state.variant(adapter_name)
-        own = self.peft_config[adapter_name]
-        config, state = read_folder(self.model, model_id, is_trainable=not own.inference_mode)
-        check_same_form(own, config, folder=model_id)
-        check_base(model_id, self.adapter_modules(adapter_name), policy=base_check)
-        load_state_(modules, state)
-        self.peft_config[adapter_name] = replace(config, dtype=own.dtype)
+        with self.sharing.lock:
+            modules = self.swap_state.variant(adapter_name)
+            own = self.peft_config[adapter_name]
+            config, state = read_folder(self.model, model_id, is_trainable=not own.inference_mode)
+            check_same_form(own, config, folder=model_id)
+            check_base(model_id, self.adapter_modules(adapter_name), policy=base_check)
+            load_state_(modules, state)
+            self.peft_config[adapter_name] = replace(config, dtype=own.dtype)
 
     @classmethod
     def from_pretrained(

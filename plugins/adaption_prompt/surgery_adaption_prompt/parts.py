@@ -216,6 +216,9 @@ def baked_together(
     if stale:
         _bake(stale, query)
     found = [part.kept for _, part in entries]
+    for _, part in stale:
+        if part.kept is not None and part.kept.sources.await_a_step():
+            part.kept = None
     return None if None in found else cast("list[BakedPrompt]", found)
 
 

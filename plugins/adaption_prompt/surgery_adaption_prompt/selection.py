@@ -12,8 +12,26 @@ from surgery_adaption_prompt.folders import BASE
 from surgery_adaption_prompt.rows import Entry, SharedTerms
 from surgery_core import OptionsError, SwapState, VariantError, listed
 
+COMPOSED, MERGED, ROWS = "derived/composed", "derived/merged", "derived/rows"
+"""Variants made of adapters; no adapter's name has a separator."""
+
 Choice = str | Mapping[str, float] | Composition
 """What one row, or a whole batch, gets: an adapter, several with weights, or `"__base__"`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Derived:
+    """A variant that is made of adapters.
+
+    Args:
+        kind: One of the names above.
+        variant: Its name in the swap state.
+        choice: What it computes; for rows, what was active before.
+    """
+
+    kind: str
+    variant: str
+    choice: Choice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

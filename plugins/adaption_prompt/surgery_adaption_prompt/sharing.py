@@ -65,6 +65,7 @@ class AdapterSharing:
                 self._listen()
             except BaseException:
                 self._running.remove(selected)
+                self.is_in_force = bool(self._running)
                 raise
         token = _CURRENT.set({**_CURRENT.get(), self: (selected, selected.terms())})
         try:
@@ -77,6 +78,8 @@ class AdapterSharing:
 
     def _listen(self) -> None:
         """Put listeners where something that runs needs them, and nowhere else."""
+        # First: listeners that cannot leave compute what the base does, and go with the next change.
+        self.is_in_force = bool(self._running)
         fqns = {fqn for selected in self._running for fqn in selected.rows}
         known = self._swap_state.sites
         for fqn in fqns:
@@ -87,4 +90,3 @@ class AdapterSharing:
                 listener.sharing = self
                 self._listeners[fqn] = listener
         self._swap_state.underlay({fqn: self._listeners[fqn] for fqn in fqns})
-        self.is_in_force = bool(self._running)

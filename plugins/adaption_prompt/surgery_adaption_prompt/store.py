@@ -7,17 +7,13 @@ from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from safetensors import SafetensorError, safe_open
-
 from surgery_adaption_prompt.base_check import BaseCheck
-from surgery_adaption_prompt.checkpoints import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, load_config
+from surgery_adaption_prompt.checkpoints import CONFIG_FILE, expected_bytes
 from surgery_adaption_prompt.folders import check_name
-from surgery_adaption_prompt.parts import GATE, PROMPT
 from surgery_core import OptionsError, SurgeryError, VariantError, listed
 
 
@@ -49,7 +45,7 @@ class Host(Protocol):
     def peft_config(self) -> Mapping[str, object]:
         """Configurations of its adapters by name; new objects for those that got other values."""
 
-    def load_adapter(
+    def add_from_folder(
         self,
         model_id: str | os.PathLike[str],
         adapter_name: str,
@@ -57,7 +53,7 @@ class Host(Protocol):
         is_trainable: bool = False,
         base_check: BaseCheck = "warn",
     ) -> None:
-        """Add an adapter from a folder; after an error nothing was added."""
+        """Add an adapter from a folder, not in use; after an error nothing was added."""
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter."""
@@ -161,6 +157,9 @@ class AdapterStore:
         self._base_check: BaseCheck = base_check
         # Least recently asked for first.
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
+        # Asked for since sizes were looked at; and those that a move of the base has not reached.
+        self._asked: set[str] = set()
+        self._behind: set[str] = set()
         self._pinned: set[str] = set()
         self._leases: Counter[str] = Counter()
         self._hits = self._misses = self._evictions = 0
@@ -218,6 +217,7 @@ class AdapterStore:
             for name in wanted:
                 if name in self._loaded:
                     self._loaded.move_to_end(name)
+                    self._asked.add(name)
             self._hits += len(hits)
             self._misses += len(missing)
 
@@ -327,14 +327,14 @@ class AdapterStore:
     def _load_all(self, host: Host, missing: Collection[str], wanted: Collection[str]) -> None:
         """Load adapters that the host has not got, all or none."""
         folders = self._require_folders(missing)
-        sizes = {name: _expected_bytes(folder) for name, folder in folders.items()}
+        sizes = {name: expected_bytes(folder) for name, folder in folders.items()}
         self._refresh()
         self._victims(host, sum(sizes.values()), wanted)
         added: list[str] = []
         try:
             for name, folder in folders.items():
                 self._make_room(host, sizes[name], wanted)
-                host.load_adapter(folder, name, is_trainable=False, base_check=self._base_check)
+                host.add_from_folder(folder, name, is_trainable=False, base_check=self._base_check)
                 added.append(name)
                 self._note(host, name)
             # It may be more than was expected of the files.
@@ -428,11 +428,20 @@ class AdapterStore:
         for name in [name for name in self._loaded if not self._has_loaded(host, name)]:
             del self._loaded[name]
         # Sizes change when the model moves to another dtype: all at once, or each when it is next
-        # put in the model. So one at each end tells, without asking for thousands.
-        ends = [next(order(self._loaded)) for order in (iter, reversed) if self._loaded]
-        if any(host.adapter_bytes(name) != self._loaded[name].num_bytes for name in ends):
-            for name in self._loaded:
+        # put in the model, before which it is asked for. So a few tell, without asking thousands.
+        self._asked &= self._loaded.keys()
+        self._behind &= self._loaded.keys()
+        reached = (name for name in self._loaded if name not in self._behind)
+        some = {*self._asked, *self._behind, *islice(reached, 1)}
+        if any(host.adapter_bytes(name) != self._loaded[name].num_bytes for name in some):
+            noted = dict(self._loaded)
+            for name in noted:
                 self._note(host, name)
+            changed = {n for n, at in noted.items() if at.num_bytes != self._loaded[n].num_bytes}
+            is_new = bool(changed - self._behind)
+            self._behind = (set(noted) if is_new else self._behind) - changed
+        # What is in use may be taken out, and put back when the base has moved.
+        self._asked = {name for name in self._asked if host.is_in_use(name)}
         return host
 
     def _require_folders(self, names: Iterable[str]) -> dict[str, Path]:
@@ -462,35 +471,3 @@ class AdapterStore:
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state, _lock=threading.RLock())
-
-
-def _expected_bytes(folder: Path) -> int:
-    """Return what an adapter will take in a model, from its configuration and its tensors' header.
-
-    It may be too much where modules are trained whole or values are kept in a needlessly wide dtype,
-    and too little for a base in float64 or an `adapter_model.bin`, of which the size is taken.
-
-    Raises:
-        SurgeryError: One of the files cannot be read.
-    """
-    dtype = load_config(folder).dtype
-    path = folder / WEIGHTS_FILE
-    if not path.exists() and (folder / PICKLE_FILE).exists():
-        return (folder / PICKLE_FILE).stat().st_size
-    total = 0
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                tensor = file.get_slice(name)
-                # Of safetensors' dtypes, those with 64 in their names are wider than four bytes.
-                itemsize = 8 if tensor.get_dtype().endswith("64") else 4
-                if dtype is not None and name.endswith((f".{GATE}", f".{PROMPT}")):
-                    itemsize = getattr(torch, dtype).itemsize
-                total += itemsize * prod(tensor.get_shape())
-    except (OSError, SafetensorError) as err:
-        msg = (
-            f"Adapter folder {str(folder)!r} has no readable {WEIGHTS_FILE}: {err}. Pass a folder "
-            "that save_pretrained wrote."
-        )
-        raise SurgeryError(msg) from err
-    return total
