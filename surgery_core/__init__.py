@@ -1,6 +1,7 @@
 """Plan, apply and revert changes to the modules of a PyTorch model, with operations from plugins."""
 
 from surgery_core.carry import CarryOver
+from surgery_core.editing import EditedModel, ModelPlan
 from surgery_core.errors import (
     ConflictError,
     ContractError,
@@ -8,6 +9,9 @@ from surgery_core.errors import (
     NoMatchError,
     OptionsError,
     PluginError,
+    PreflightError,
+    RecipeError,
+    RecordError,
     SelectorError,
     StateError,
     SurgeryError,
@@ -17,17 +21,22 @@ from surgery_core.errors import (
     listed,
 )
 from surgery_core.hookspecs import hookimpl
-from surgery_core.plan import (
+from surgery_core.model_document import ModelDocument
+from surgery_core.operation import (
     BoundRule,
-    Edit,
+    Composed,
     Effects,
     Operation,
-    PlanDocument,
     Rule,
+    Saved,
     TensorSpec,
-    fingerprint,
+    WeightedVariant,
 )
+from surgery_core.plan import Edit, PlanDocument, fingerprint
 from surgery_core.plugins import PluginInfo, Plugins
+from surgery_core.preflight import Diagnostic, execution_device
+from surgery_core.recipe import ModelRecipe, Recipe, dump_recipe, load_recipe
+from surgery_core.record import Record, read_record
 from surgery_core.selectors import (
     Exact,
     Glob,
@@ -38,26 +47,34 @@ from surgery_core.selectors import (
     Where,
     parse_selector,
 )
-from surgery_core.session import Session
+from surgery_core.session import Session, load
 from surgery_core.shown import Shown, format_table
 from surgery_core.slots import Site, Slot, SlotIndex
 from surgery_core.surgery import Plan, Replacement, Surgery
 from surgery_core.swap import Loans, SwapState
 from surgery_core.transaction import OnWrite, Transaction
+from surgery_core.verify import Check, Verification, verify
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "BoundRule",
     "CarryOver",
+    "Check",
+    "Composed",
     "ConflictError",
     "ContractError",
+    "Diagnostic",
     "DriftError",
     "Edit",
+    "EditedModel",
     "Effects",
     "Exact",
     "Glob",
     "Loans",
+    "ModelDocument",
+    "ModelPlan",
+    "ModelRecipe",
     "NoMatchError",
     "OfClass",
     "OnWrite",
@@ -68,9 +85,15 @@ __all__ = [
     "PluginError",
     "PluginInfo",
     "Plugins",
+    "PreflightError",
+    "Recipe",
+    "RecipeError",
+    "Record",
+    "RecordError",
     "Regex",
     "Replacement",
     "Rule",
+    "Saved",
     "Selector",
     "SelectorError",
     "Session",
@@ -88,10 +111,18 @@ __all__ = [
     "Tree",
     "UnknownOperationError",
     "VariantError",
+    "Verification",
+    "WeightedVariant",
     "Where",
+    "dump_recipe",
+    "execution_device",
     "fingerprint",
     "format_table",
     "hookimpl",
     "listed",
+    "load",
+    "load_recipe",
     "parse_selector",
+    "read_record",
+    "verify",
 ]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from surgery_core.errors import ContractError, listed
+from surgery_core.preflight import execution_device
 
 HOOK_TABLES = (
     "_forward_pre_hooks",
@@ -99,6 +100,9 @@ def carry_over(old: nn.Module, new: nn.Module, *, fqns: Sequence[str], owners: O
     # Nearly always all tensors are where the first one is.
     if anchor is not None and strangers != {anchor.device}:
         devices = {tensor.device for tensor in _tensors(old, is_deep=True)}
+        computes_on = execution_device(old)
+        # Weights that come and go are on the meta device meanwhile.
+        devices |= {computes_on} if computes_on is not None else set()
     if devices and strangers - devices:
         strangers -= devices
         msg = (

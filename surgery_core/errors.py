@@ -62,6 +62,34 @@ class OptionsError(SurgeryError, ValueError):
     """The options of a rule or a configuration are invalid."""
 
 
+class RecipeError(OptionsError):
+    """A recipe cannot be read, or is none.
+
+    Attributes:
+        problems: Each on a line of its own, with file and line where they are known.
+    """
+
+    def __init__(self, message: str, *, problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems) or (message,)
+
+
+class RecordError(SurgeryError, ValueError):
+    """A record cannot be read, is damaged, or is of another model."""
+
+
+class PreflightError(SurgeryError, RuntimeError):
+    """A model is wrapped or placed in a way in which it cannot be worked on.
+
+    Attributes:
+        diagnostics: What was found, each with what to do.
+    """
+
+    def __init__(self, message: str, *, diagnostics: Sequence[object]) -> None:
+        super().__init__(message)
+        self.diagnostics = tuple(diagnostics)
+
+
 class DriftError(SurgeryError, RuntimeError):
     """The model is not in the state a plan, a surgery or a swap state left it in.
 
@@ -146,6 +174,9 @@ for _error in (
     ConflictError,
     ContractError,
     OptionsError,
+    RecipeError,
+    RecordError,
+    PreflightError,
     DriftError,
     VariantError,
     PluginError,

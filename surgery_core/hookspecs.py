@@ -4,13 +4,14 @@ An implementation names the arguments it wants, and must not give them defaults:
 passes an argument that has one, so such a plugin is refused when it is loaded.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pluggy
 from torch import nn
 
-from surgery_core.plan import Operation
+from surgery_core.operation import Operation
+from surgery_core.preflight import Diagnostic
 from surgery_core.shown import Shown
 from surgery_core.surgery import Surgery
 
@@ -40,6 +41,43 @@ def surgery_load_skeleton(source: str) -> nn.Module | None:
 
     Args:
         source: What the user wrote: a folder, a file or an identifier.
+    """
+
+
+@hookspec(firstresult=True)
+def surgery_load_model(source: str) -> nn.Module | None:
+    """Load the model that `source` names, weights included.
+
+    Called by `surgery apply` and its kin for a source that is not `package.module:factory`, until a
+    plugin answers. Return None for a source that is not yours; an exception ends the command.
+
+    Args:
+        source: What the user wrote: a folder, a file or an identifier.
+    """
+
+
+@hookspec(firstresult=True)
+def surgery_probe_inputs(model: nn.Module) -> Mapping[str, Any] | None:
+    """Return arguments with which the model can be called, to verify it.
+
+    Called once by `surgery verify`, until a plugin answers. They must be the same each time, and
+    exercise every layer. Return None for a model that is not of yours.
+
+    Args:
+        model: Any model.
+    """
+
+
+@hookspec
+def surgery_preflight(model: nn.Module) -> Iterable[Diagnostic]:  # type: ignore[empty-body]
+    """Say what about a model matters before it is written to.
+
+    Called once for each plan, for every plugin; the core's own findings come first. An error among
+    the diagnostics keeps the plan from being made; an exception, or an answer that is no diagnostics,
+    becomes a `PluginError`.
+
+    Args:
+        model: The model to plan for; it must not be changed.
     """
 
 

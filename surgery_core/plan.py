@@ -2,132 +2,16 @@
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Generic, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import nn
 
 from surgery_core.errors import ConflictError, ContractError, NoMatchError, listed
+from surgery_core.operation import BoundRule, Effects, Operation, TensorSpec
 from surgery_core.selectors import Selector, Tree, closest, parse_selector
 from surgery_core.slots import Site, SlotIndex
-
-OptionsT = TypeVar("OptionsT")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorSpec:
-    """A tensor that an edit adds.
-
-    Args:
-        name: Key relative to the site, for example `adaption_gate`.
-        shape: Sizes of its axes.
-        dtype: Name without the `torch.` prefix, for example `float32`.
-        trainable: Whether it is created with `requires_grad`.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    trainable: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Effects:
-    """What an edit does to the state dict below its site; every other key stays.
-
-    Args:
-        added: Tensors that appear.
-        removed: Keys, relative to the site, that disappear.
-    """
-
-    added: tuple[TensorSpec, ...] = ()
-    removed: tuple[str, ...] = ()
-
-
-class Operation(ABC, Generic[OptionsT]):
-    """What a plugin offers by name: how to choose modules, and what to put in their place.
-
-    Planning calls `parse_options`, `targets` and `describe`, which must not change the model, draw
-    random numbers or allocate parameters. Applying calls `build`, for every site, before the first
-    write.
-    """
-
-    name: str
-    """Unique among the loaded plugins; how rules name the operation."""
-
-    summary: str
-    """One line for `surgery plugins`."""
-
-    @abstractmethod
-    def parse_options(self, options: Mapping[str, Any]) -> OptionsT:
-        """Validate what a rule gives.
-
-        Raises:
-            OptionsError: An option is unknown, missing or out of range.
-        """
-
-    @abstractmethod
-    def targets(self, tree: Tree, options: OptionsT) -> Selector:
-        """Return which modules to work on, among those the rule selects.
-
-        Args:
-            tree: The modules that the rule's selector chose, or all.
-            options: What `parse_options` gave.
-
-        Raises:
-            SurgeryError: The tree has nothing this operation could work on.
-        """
-
-    @abstractmethod
-    def describe(self, site: Site, options: OptionsT) -> Effects:
-        """Return what the edit would do to the state dict.
-
-        Raises:
-            ContractError: The module at this site does not suit the operation.
-        """
-
-    @abstractmethod
-    def build(self, site: Site, options: OptionsT) -> nn.Module:
-        """Return the replacement, without changing `site.module` or anything that holds it.
-
-        Raises:
-            SurgeryError: It cannot be built; nothing has been written then.
-        """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
-    """One line of a recipe: an operation, where, and with which options.
-
-    Args:
-        operation: Name of an operation that a plugin offers.
-        select: Where the operation may look for its targets; None means everywhere.
-        exclude: What to leave out of it; must exclude something, unless `optional`.
-        options: Passed to the operation, which refuses the ones it does not know.
-        expect: How many modules the rule must claim; None means at least one.
-        optional: Allow the rule to claim nothing.
-
-    Example:
-        >>> Rule(operation="adaption_prompt", options={"adapter_len": 10}).expect is None
-        True
-    """
-
-    operation: str
-    select: Selector | str | None = None
-    exclude: Selector | str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    expect: int | None = None
-    optional: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BoundRule:
-    """A rule with the operation its name stands for."""
-
-    rule: Rule
-    operation: Operation[Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -188,18 +72,31 @@ class PlanDocument:
             ContractError: The text is not a plan.
         """
         try:
-            data = json.loads(text)
-            return cls(fingerprint=data["fingerprint"], edits=tuple(map(_edit, data["edits"])))
-        except (KeyError, TypeError, ValueError) as err:
+            return cls.from_mapping(json.loads(text))
+        except (KeyError, TypeError, ValueError, AttributeError) as err:
             msg = f"Text is not a plan: expected what PlanDocument.to_json() writes, got {err!r}."
             raise ContractError(msg, fqn="", expected="a plan", actual=text[:80]) from err
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any]) -> "PlanDocument":
+        """Build from what `dataclasses.asdict` and JSON make of a document.
+
+        Raises:
+            KeyError: The mapping is something else; or a `TypeError`.
+        """
+        return cls(fingerprint=data["fingerprint"], edits=tuple(map(_edit, data["edits"])))
 
     def render(self) -> str:
         """Write as a table for people, with totals in the last line."""
         if not self.edits:
             return "No changes."
         rows = [
-            (edit.fqn or "(root)", edit.module.rpartition(".")[2], edit.operation, _added(edit))
+            (
+                edit.fqn or "(root)",
+                edit.module.rpartition(".")[2],
+                edit.operation,
+                describe_added(edit),
+            )
             for edit in self.edits
         ]
         header = ("module", "class", "operation", "adds")
@@ -375,7 +272,17 @@ def _ancestors(fqn: str) -> Iterable[str]:
         yield fqn
 
 
-def _digest(modules: Tree) -> str:
+def structure(model: nn.Module) -> list[str]:
+    """Return what a fingerprint is of: a line for each module, and for each of its tensors.
+
+    Example:
+        >>> structure(nn.Linear(2, 3, bias=False))
+        [':torch.nn.modules.linear.Linear', ' p:weight:(3, 2):torch.float32']
+    """
+    return _structure(SlotIndex(model).modules)
+
+
+def _structure(modules: Tree) -> list[str]:
     lines = []
     for fqn, module in modules.items():
         lines.append(f"{fqn}:{_class_name(module)}")
@@ -385,7 +292,11 @@ def _digest(modules: Tree) -> str:
                 for name, tensor in tensors.items()
                 if tensor is not None
             ]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return lines
+
+
+def _digest(modules: Tree) -> str:
+    return hashlib.sha256("\n".join(_structure(modules)).encode()).hexdigest()
 
 
 def _class_name(module: nn.Module) -> str:
@@ -405,7 +316,8 @@ def _edit(data: Mapping[str, Any]) -> Edit:
     )
 
 
-def _added(edit: Edit) -> str:
+def describe_added(edit: Edit) -> str:
+    """Write what an edit does to the state dict."""
     parts = [f"{spec.name} {list(spec.shape)} {spec.dtype}" for spec in edit.added]
     parts += [f"-{name}" for name in edit.removed]
     return ", ".join(parts) or "no tensors"

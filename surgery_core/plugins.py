@@ -4,9 +4,9 @@ import importlib.metadata
 import inspect
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pluggy
 from torch import nn
@@ -19,7 +19,8 @@ from surgery_core.errors import (
     listed,
 )
 from surgery_core.hookspecs import PROJECT
-from surgery_core.plan import Operation
+from surgery_core.operation import Operation
+from surgery_core.preflight import Diagnostic, diagnose
 from surgery_core.shown import Shown
 from surgery_core.surgery import Surgery
 
@@ -104,6 +105,41 @@ class Plugins:
         """Ask the plugins for the model a source names, without weights; None if nobody knows it."""
         found: nn.Module | None = self._manager.hook.surgery_load_skeleton(source=source)
         return found
+
+    def load_model(self, source: str) -> nn.Module | None:
+        """Ask the plugins for the model a source names; None if nobody knows it."""
+        found: nn.Module | None = self._manager.hook.surgery_load_model(source=source)
+        return found
+
+    def probe_inputs(self, model: nn.Module) -> Mapping[str, Any] | None:
+        """Ask the plugins for arguments to call a model with; None if nobody knows it."""
+        found: Mapping[str, Any] | None = self._manager.hook.surgery_probe_inputs(model=model)
+        return found
+
+    def preflight(self, model: nn.Module) -> list[Diagnostic]:
+        """Return what the core and the plugins find about a model before it is written to.
+
+        Raises:
+            PluginError: A plugin failed to look.
+        """
+        found = diagnose(model)
+        for implementation in self._manager.hook.surgery_preflight.get_hookimpls():
+            try:
+                arguments = {"model": model} if implementation.argnames else {}
+                answer = cast("Iterable[object]", implementation.function(**arguments))
+                found += [_checked_diagnostic(value) for value in answer]
+            except Exception as err:
+                name = implementation.plugin_name
+                msg = f"Plugin {name!r} failed in surgery_preflight: {err!r}."
+                raise PluginError(msg, plugin=name) from err
+        return found
+
+    def owner(self, operation: str) -> str | None:
+        """Return `name version` of the distribution that offers an operation; None if it has none."""
+        for info in self._infos.values():
+            if operation in info.operations:
+                return info.distribution
+        return None
 
     def show(self, source: str) -> Shown | None:
         """Ask the plugins what is saved in a source; None if nobody knows it."""
@@ -229,6 +265,13 @@ def _check_defaults(manager: pluggy.PluginManager, plugin: object) -> tuple[str,
                 )
                 raise TypeError(msg)
     return tuple(sorted(names))
+
+
+def _checked_diagnostic(value: object) -> Diagnostic:
+    if not isinstance(value, Diagnostic):
+        msg = f"expected a Diagnostic, got {value!r}"
+        raise TypeError(msg)
+    return value
 
 
 def _name_of(plugin: object) -> str:

@@ -78,8 +78,13 @@ class Snapshot:
         return Snapshot(**facts, kept=self.kept)
 
 
-def snapshot(model: nn.Module) -> Snapshot:
+def snapshot(model: nn.Module, *, values: bool = True) -> Snapshot:
     """Take down everything about a model that a surgery must put back.
+
+    Args:
+        model: The model.
+        values: Copy every value; otherwise note where they are and how often they were written to,
+            which takes no memory.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -104,7 +109,10 @@ def snapshot(model: nn.Module) -> Snapshot:
         # Sorted: an attribute taken away and put back is as good as one left alone.
         attributes=tuple(sorted(attributes)),
         tensors=tuple((fqn, (id(tensor), tensor.requires_grad)) for fqn, tensor in tensors),
-        state=tuple((key, frozen(value)) for key, value in model.state_dict().items()),
+        state=tuple(
+            (key, frozen(value) if values else _written(value))
+            for key, value in model.state_dict(keep_vars=True).items()
+        ),
         modes=tuple((fqn, module.training) for fqn, module in named),
         hooks=tuple(
             (f"{fqn}:{table}", tuple(vars(module)[table]))
@@ -148,6 +156,13 @@ def is_below(name: str, fqns: tuple[str, ...]) -> bool:
 def frozen(value: Any) -> object:  # noqa: ANN401 (extra state may be anything)
     """Copy an entry of a state dict to something that can be compared."""
     return TensorValue(value.detach().clone()) if isinstance(value, Tensor) else repr(value)
+
+
+def _written(value: object) -> object:
+    """Return where a tensor's values are, and how often PyTorch has counted writes to them."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return value.shape, value.dtype, id(value), value._version  # noqa: SLF001 (no public name)
 
 
 def _modules_in(value: object) -> Iterator[nn.Module]:

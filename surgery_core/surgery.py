@@ -1,7 +1,8 @@
 """Apply a plan and revert it: every replacement is built and checked before the first write."""
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -19,7 +20,8 @@ from surgery_core.carry import (
     tensor_owners,
 )
 from surgery_core.errors import ContractError, SurgeryError, listed
-from surgery_core.plan import BoundRule, Claim, PlanDocument, TensorSpec, draft
+from surgery_core.operation import BoundRule, TensorSpec
+from surgery_core.plan import Claim, PlanDocument, draft
 from surgery_core.slots import RootCell, Site, SlotKind, check_holds, registered
 from surgery_core.transaction import OnWrite, Transaction
 
@@ -203,6 +205,26 @@ class Surgery:
                 if slot.kind is SlotKind.ROOT and isinstance(slot.container, RootCell):
                     return slot.container.module
         return self.plan.model
+
+    @contextmanager
+    def paused(self) -> Iterator[nn.Module]:
+        """Have the model as it was planned for, for a while; then the same replacements again.
+
+        Raises:
+            DriftError: See `revert`.
+        """
+        self._transaction.undo(
+            subject="Model under surgery",
+            fix="Revert what was applied later first, or put the module named back.",
+        )
+        for item in self.replacements:
+            hand_over(item.module, item.site.module, known=item.known_hooks)
+        try:
+            yield self.plan.model
+        finally:
+            self._transaction.redo()
+            for item in self.replacements:
+                hand_over(item.site.module, item.module)
 
     def report(self) -> str:
         """Write what each replacement took over from its original, one line a module."""

@@ -19,7 +19,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.hooks import RemovableHandle
 
 from surgery_core.errors import DriftError, OptionsError, listed
-from surgery_core.plan import PlanDocument, Rule, fingerprint
+from surgery_core.operation import Rule
+from surgery_core.plan import PlanDocument, fingerprint
 from surgery_core.session import Session
 from surgery_core.slots import Slot, SlotKind
 from surgery_core.snapshots import (

@@ -103,6 +103,18 @@ class Transaction:
             for parameter, value in reversed(self._flagged):
                 reverse.set_requires_grad(parameter, value=not value)
 
+    def redo(self, *, on_write: OnWrite | None = None) -> None:
+        """Do again what `undo` took back, all or nothing.
+
+        Args:
+            on_write: As for the transaction itself.
+        """
+        with Transaction(on_write=on_write) as again:
+            for slot, old, new in self._replaced:
+                again.replace(slot, old, new)
+            for parameter, value in self._flagged:
+                again.set_requires_grad(parameter, value=value)
+
     def _announce(self, target: Slot | nn.Parameter) -> None:
         if self._on_write is not None:
             self._on_write(self._count, target)

@@ -43,7 +43,7 @@ def test_errors_derive_from_the_root_and_from_a_builtin(error, builtin):
 def test_errors_are_named_as_they_are_imported():
     errors = [value for name, value in vars(surgery_core).items() if name.endswith("Error")]
 
-    assert len(errors) == 11
+    assert len(errors) == 14
     assert {error.__module__ for error in errors} == {"surgery_core"}
     assert SurgeryWarning.__module__ == "surgery_core"
     assert issubclass(SurgeryWarning, UserWarning)

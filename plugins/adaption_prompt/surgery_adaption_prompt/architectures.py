@@ -12,12 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AttentionInterface, PretrainedConfig
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.pytorch_utils import Conv1D
 
@@ -339,20 +338,6 @@ def _checkpoint_in(
     if torch.compiler.is_compiling():
         return checkpoint(function, *args, **kwargs)
     return checkpoint(function, *args, context_fn=contexts, **kwargs)
-
-
-def load_skeleton(source: str) -> nn.Module | None:
-    """Build the causal language model of a folder with a `config.json` on the meta device.
-
-    Returns:
-        The model without weights; None if `source` is no such folder.
-    """
-    if not (Path(source) / "config.json").is_file():
-        return None
-    config = AutoConfig.from_pretrained(source, local_files_only=True)
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    return model
 
 
 def _attend_with_prompt(

@@ -186,7 +186,11 @@ class UnprojectedAttention(AdaptedAttention):
 
 
 def adapt(
-    base: nn.Module, architecture: AttentionArchitecture, config: AdaptionPromptConfig
+    base: nn.Module,
+    architecture: AttentionArchitecture,
+    config: AdaptionPromptConfig,
+    *,
+    device: torch.device | None = None,
 ) -> AdaptedAttention:
     """Wrap one attention module with a new adaption prompt; the module is not changed.
 
@@ -194,13 +198,15 @@ def adapt(
         base: The attention module.
         architecture: How to deal with it.
         config: Length, gate and dtype.
+        device: Of the adaption prompt; None means the base's.
 
     Returns:
-        The wrapper, on the base's device, in the base's mode.
+        The wrapper, in the base's mode.
     """
     hidden, heads = architecture.sizes(base)
-    # Packed quantised layers have buffers only.
-    device = next(_tensors(base)).device
+    if device is None:
+        # Packed quantised layers have buffers only.
+        device = next(_tensors(base)).device
     dtype = parameter_dtype(base, config)
     prompt = torch.empty(1, config.adapter_len, hidden, device=device, dtype=dtype)
     num_gates = heads if config.gate == "head" else 1

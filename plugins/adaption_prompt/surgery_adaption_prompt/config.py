@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -35,6 +35,31 @@ PEFT_FIELDS = frozenset(
 
 Gate = Literal["layer", "head"]
 GateActivation = Literal["identity", "tanh"]
+
+
+def config_schema() -> dict[str, Any]:
+    """Return the JSON Schema of `AdaptionPromptConfig`, for editors of recipes."""
+    text, flag = {"type": ["string", "null"]}, {"type": "boolean"}
+    count = {"type": "integer", "minimum": 1}
+    special: dict[str, Mapping[str, Any]] = {
+        "peft_type": {"enum": [PEFT_TYPE, None]},
+        "auto_mapping": {"type": ["object", "null"]},
+        "inference_mode": flag,
+        "adapter_len": {**count, "description": "Length of each prompt, in tokens."},
+        "adapter_layers": {**count, "description": "Layers adapted, counted from the top."},
+        "gate": {"enum": list(get_args(Gate))},
+        "gate_activation": {"enum": list(get_args(GateActivation))},
+        "project_output": flag,
+        "modules_to_save": {"type": ["array", "null"], "items": {"type": "string"}},
+    }
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            field.name: dict(special.get(field.name, text))
+            for field in fields(AdaptionPromptConfig)
+        },
+    }
 
 
 @dataclass(frozen=True)

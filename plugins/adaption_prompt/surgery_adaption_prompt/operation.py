@@ -1,7 +1,8 @@
 """The rule that adapts the topmost attention modules, as an operation of the core."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -9,20 +10,31 @@ from torch import nn
 from surgery_adaption_prompt import trainable_copy
 from surgery_adaption_prompt.architectures import architecture_of, attention_modules
 from surgery_adaption_prompt.attention import AdaptedAttention, adapt, parameter_dtype
-from surgery_adaption_prompt.config import CLASSIFICATION_HEADS, AdaptionPromptConfig
+from surgery_adaption_prompt.composition import Composition, composition_rule, parameter_names
+from surgery_adaption_prompt.config import (
+    CLASSIFICATION_HEADS,
+    AdaptionPromptConfig,
+    config_schema,
+)
+from surgery_adaption_prompt.folders import SavableAdapter, read_folder
+from surgery_adaption_prompt.importers import read_litgpt, read_llama_adapter
 from surgery_adaption_prompt.parts import GATE, PROMPT
 from surgery_core import (
     BoundRule,
+    Composed,
     Effects,
     NoMatchError,
     Operation,
     OptionsError,
     Rule,
+    Saved,
     Selector,
     Site,
     TensorSpec,
     Tree,
+    WeightedVariant,
     Where,
+    execution_device,
     listed,
 )
 
@@ -107,7 +119,66 @@ class AdaptionPromptOperation(Operation[AdaptionPromptConfig]):
 
     def build(self, site: Site, options: AdaptionPromptConfig) -> AdaptedAttention:
         """Return the attention module of the site, wrapped."""
-        return adapt(site.module, architecture_of(site.module, fqn=site.fqn), options)
+        architecture = architecture_of(site.module, fqn=site.fqn)
+        return adapt(site.module, architecture, options, device=execution_device(site.module))
+
+    def options_schema(self) -> Mapping[str, Any]:
+        """Return the JSON Schema of `AdaptionPromptConfig`."""
+        return config_schema()
+
+    def compose(self, variants: Sequence[WeightedVariant]) -> Composed:
+        """Return the weighted sum of their terms.
+
+        Raises:
+            OptionsError: A weight is not finite, or an adapter cannot be active beside others.
+        """
+        modules = {
+            variant.name: {
+                fqn: module
+                for fqn, module in variant.modules.items()
+                if isinstance(module, AdaptedAttention)
+            }
+            for variant in variants
+        }
+        composition = Composition({variant.name: variant.weight for variant in variants})
+        loans = {name: parameter_names(name) for name in modules}
+        return Composed(rule=composition_rule(composition, modules), loans=loans)
+
+    def read_saved(self, source: str, model: nn.Module, options: Mapping[str, Any]) -> Saved | None:
+        """Read PEFT's and our folders, and the files of LLaMA-Adapter V1 and litgpt.
+
+        A file of LLaMA-Adapter needs the options `adapter_len` and `gate_activation`.
+
+        Raises:
+            SurgeryError: See `read_llama_adapter`, `read_litgpt` and `load_config`.
+        """
+        path = Path(source)
+        if path.is_dir():
+            config, state = read_folder(model, path, is_trainable=False)
+        elif not path.is_file():
+            return None
+        elif {"adapter_len", "gate_activation"} <= options.keys():
+            config, state = read_llama_adapter(
+                path,
+                model,
+                adapter_len=options["adapter_len"],
+                gate_activation=options["gate_activation"],
+            )
+        else:
+            config, state = read_litgpt(path, model)
+        values = {**config.to_mapping(), **options}
+        return Saved(options=values, state=state)
+
+    def write_saved(
+        self, folder: str, options: Mapping[str, Any], modules: Mapping[str, nn.Module]
+    ) -> None:
+        """Write a folder in PEFT's format, as `AdaptionPromptModel.save_pretrained` does.
+
+        Raises:
+            StateError: A value is not finite; nothing was written.
+        """
+        config = self.parse_options(options)
+        SavableAdapter.prepare(folder, config, modules, for_peft=False).write(folder)
 
 
 def adapter_rules(model: nn.Module, config: AdaptionPromptConfig) -> list[BoundRule]:

@@ -1,0 +1,87 @@
+"""How the command line prints: tables, JSON, progress, and errors with where they come from."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+
+from surgery_core.errors import SurgeryError
+from surgery_core.shown import Shown
+
+UNFOLDED = 10_000
+"""Columns a pipe or a file is given, so that no line of a table is folded there."""
+
+Advance = Callable[..., None]
+"""Called when a step of a job is done; its arguments do not matter."""
+
+
+@contextmanager
+def errors_reported() -> Iterator[None]:
+    """Print an error of this package as such, with its notes, and exit with 1."""
+    try:
+        yield
+    except SurgeryError as err:
+        typer.echo(f"error: {err}", err=True)
+        for note in getattr(err, "__notes__", ()):
+            typer.echo(f"  in {note}", err=True)
+        raise typer.Exit(1) from None
+
+
+@contextmanager
+def progress(what: str, total: int | None = None) -> Iterator[Advance]:
+    """Show on a terminal that something goes on, and how far it is if that is known.
+
+    Args:
+        what: What is done.
+        total: How many steps it has; None if nobody knows.
+
+    Yields:
+        What to call after each step.
+    """
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        *([MofNCompleteColumn()] if total is not None else []),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(what, total=total)
+        yield lambda *_: bar.advance(task)
+
+
+def print_json(data: Any) -> None:  # noqa: ANN401 (plain data)
+    """Print plain data as JSON."""
+    typer.echo(json.dumps(data, indent=2))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table under a title; see `print_shown`."""
+    print_shown(Shown(title=title, columns=tuple(columns), rows=tuple(map(tuple, rows)), data={}))
+
+
+def print_shown(shown: Shown) -> None:
+    """Print a table, or a block of lines for each row where the terminal is too narrow for it."""
+    # Names come from files: square brackets in them are no markup.
+    console = Console(markup=False, emoji=False, highlight=False)
+    table = Table(*shown.columns)
+    for row in shown.rows:
+        table.add_row(*row)
+    wanted = console.measure(table, options=console.options.update(width=UNFOLDED)).maximum
+    if not console.is_terminal:
+        console.width = UNFOLDED
+    elif wanted > console.width:
+        table = Table(Column(overflow="fold"), Column(overflow="fold"), show_header=False)
+        for row in shown.rows:
+            for cells in zip(shown.columns, row, strict=True):
+                table.add_row(*cells)
+            table.add_section()
+    console.print(shown.title, table, *shown.notes, sep="\n")

@@ -1,0 +1,450 @@
+"""One model of a recipe: planned with all its adapters, applied as a whole, switched, taken back."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from surgery_core.errors import ContractError, DriftError, StateError, VariantError, listed
+from surgery_core.model_document import RULES, Choice, ModelDocument
+from surgery_core.operation import BoundRule, Composed, Operation, Saved, WeightedVariant
+from surgery_core.optimizers import OptimizerGroup
+from surgery_core.recipe import ModelRecipe
+from surgery_core.slots import Slot
+from surgery_core.snapshots import Snapshot, snapshot
+from surgery_core.surgery import Observer, Plan, Surgery
+from surgery_core.swap import SwapState
+from surgery_core.transaction import OnWrite, Transaction
+
+_COMPOSITIONS = ("composition/1", "composition/2")
+"""Variants made of adapters: one may be taken while the next is made. Adapters' names have no `/`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AdapterPlan:
+    """An adapter that was planned.
+
+    Args:
+        rules: What makes it up, options complete.
+        plan: For the model as it is without rules and adapters.
+        saved: The tensors it starts from; None for the operation's own.
+    """
+
+    rules: tuple[BoundRule, ...]
+    plan: Plan
+    saved: Saved | None
+
+
+class ModelPlan:
+    """A model's part of a recipe, planned: nothing has been changed yet.
+
+    Made by `Session.plan_recipe`. Adapters may be for the same modules, since one at a time is in the
+    model; rules may not be for modules of adapters.
+
+    Args:
+        model: The model planned for.
+        recipe: What was asked for, with the options that sources gave.
+        rules: Plan of the rules; None where there are none.
+        adapters: Plans of the adapters by name.
+        on_applied: As for `Plan`; told of adapters too, by the plan of each.
+        on_reverted: As for `Plan`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: ModelRecipe,
+        rules: tuple[tuple[BoundRule, ...], Plan] | None,
+        adapters: Mapping[str, AdapterPlan],
+        *,
+        on_reverted: Observer | None = None,
+    ) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.rules = rules
+        self.adapters = dict(adapters)
+        self._on_reverted = on_reverted
+
+    @property
+    def document(self) -> ModelDocument:
+        """The plan as data."""
+        return ModelDocument(
+            rules=self.rules[1].document if self.rules is not None else None,
+            adapters={name: found.plan.document for name, found in self.adapters.items()},
+            active=self.recipe.selected,
+        )
+
+    def apply(self, *, on_write: OnWrite | None = None) -> "EditedModel":
+        """Apply the rules, add every adapter and activate what is to be active, or change nothing.
+
+        Args:
+            on_write: Told of every write before it happens; an error it raises takes all back.
+
+        Raises:
+            DriftError: The model changed since the plan was made.
+            ContractError: A replacement does not keep what its operation declared, or adapters
+                cannot be active together.
+            StateError: What was saved of an adapter does not fit.
+        """
+        numbers = count()
+
+        def on_any_write(_: int, target: Slot | nn.Parameter) -> None:
+            # Several transactions, each of which counts from 0.
+            if on_write is not None:
+                on_write(next(numbers), target)
+
+        edited = EditedModel(self)
+        try:
+            edited.enter(on_any_write)
+        except BaseException:
+            edited.take_back()
+            raise
+        return edited
+
+
+class EditedModel:
+    """A model with a recipe applied: its adapters can be switched, and all of it taken back.
+
+    Invariant: after `revert` the model has the very objects it had before, and its parameters the
+    flags they had.
+
+    Args:
+        plan: What to do.
+
+    Attributes:
+        before: What the model was before.
+        loaded: Adapters, and `rules`, whose values are not their first.
+    """
+
+    def __init__(self, plan: ModelPlan) -> None:
+        self.plan = plan
+        self.surgery: Surgery | None = None
+        self.swap_state = SwapState(plan.model)
+        self.is_applied = False
+        self.before: Snapshot | None = None
+        self.loaded: set[str] = set()
+        self._freezing = Transaction()
+        self._composition: dict[str, float] | None = None
+        self._groups: list[OptimizerGroup] = []
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, or what rules have put in its place."""
+        return self.plan.model if self.surgery is None else self.surgery.model
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters, sorted."""
+        return tuple(sorted(self.plan.adapters))
+
+    @property
+    def active(self) -> Choice | None:
+        """The selected adapter, or several with their weights; None without adapters."""
+        return self.swap_state.selected if self._composition is None else dict(self._composition)
+
+    def enter(self, on_write: OnWrite) -> None:
+        """Do what the plan says; `ModelPlan.apply` calls it, and takes all back if it fails.
+
+        Args:
+            on_write: Told of every write before it happens.
+        """
+        plan = self.plan
+        self.before = snapshot(plan.model, values=False)
+        own = list(plan.model.parameters())
+        if plan.rules is not None:
+            # With adapters, the model they are for must stay where it is.
+            self.surgery = plan.rules[1].apply(on_write=on_write, in_place=bool(plan.adapters))
+        for name, adapter in plan.adapters.items():
+            self.swap_state.add(name, self._again(name, adapter))
+            if adapter.saved is not None:
+                self.load_(name, adapter.saved.state)
+        self._freezing = Transaction(on_write=on_write)
+        if plan.recipe.freeze:
+            for parameter in own:
+                self._freezing.set_requires_grad(parameter, value=False)
+        self.is_applied = True
+        self.swap_state.on_write = on_write
+        if plan.recipe.selected is not None:
+            self.set_active(plan.recipe.selected)
+        self.swap_state.on_write = None
+
+    def _again(self, name: str, adapter: AdapterPlan) -> Plan:
+        """Plan an adapter for the model with the rules applied; the edits are those planned."""
+        if self.surgery is None:
+            return adapter.plan
+        found = Plan.draft(self.plan.model, adapter.rules)
+        if found.document.edits != adapter.plan.document.edits:
+            msg = (
+                f"Adapter {name!r} would be another after the rules: expected the edits planned, "
+                f"got {found.document.render()}. Keep the rules from changing what it is for."
+            )
+            raise DriftError(msg, fqns=[edit.fqn for edit in found.document.edits])
+        return found
+
+    def set_active(self, choice: Choice) -> None:
+        """Make an adapter the active one, or several with weights.
+
+        Raises:
+            VariantError: There is no such adapter.
+            ContractError: They cannot be active together.
+            DriftError: A place holds something else than was put there.
+        """
+        self._require_applied()
+        if isinstance(choice, str):
+            self._require(choice)
+            self.swap_state.set(choice)
+            self._drop_compositions()
+            return
+        weights = {name: float(weight) for name, weight in choice.items()}
+        for name in weights:
+            self._require(name)
+        composed = self._composed(weights)
+        name = next(name for name in _COMPOSITIONS if name not in self.swap_state.names)
+        plan = Plan.draft(self.plan.model, [composed.rule], originals=self.swap_state.originals())
+        self.swap_state.add(name, plan, loans=composed.loans)
+        try:
+            self.swap_state.set(name)
+        except BaseException:
+            self.swap_state.delete(name)
+            raise
+        self._drop_compositions(but=name)
+        self._composition = weights
+
+    def _composed(self, weights: Mapping[str, float]) -> Composed:
+        operations: dict[str, Operation[Any]] = {}
+        for name in weights:
+            rules = self.plan.adapters[name].rules
+            operations |= {bound.operation.name: bound.operation for bound in rules}
+            if len(rules) > 1:
+                operations |= {"several rules": rules[0].operation}
+        if len(operations) != 1:
+            msg = (
+                f"Adapters {listed(weights)} cannot be active together: expected one operation, "
+                f"got {listed(sorted(operations))}. Make one of them the active one."
+            )
+            raise ContractError(msg, fqn="", expected=1, actual=len(operations))
+        (operation,) = operations.values()
+        return operation.compose(
+            [
+                WeightedVariant(name=name, weight=weight, modules=self.swap_state.variant(name))
+                for name, weight in weights.items()
+            ]
+        )
+
+    def _drop_compositions(self, *, but: str | None = None) -> None:
+        for name in _COMPOSITIONS:
+            if name != but and name in self.swap_state.names:
+                self.swap_state.delete(name)
+        self._composition = None
+
+    @contextmanager
+    def disabled(self) -> Iterator[Self]:
+        """Take the active adapter out for a while; rules stay applied."""
+        with self.swap_state.disabled():
+            yield self
+
+    @contextmanager
+    def paused(self) -> Iterator[nn.Module]:
+        """Have the model as it was before the recipe for a while; then the same objects again.
+
+        Raises:
+            DriftError: Somebody replaced a module that was put in place.
+            VariantError: It has been reverted already.
+        """
+        self._require_applied()
+        with (
+            self.swap_state.disabled(),
+            nullcontext() if self.surgery is None else self.surgery.paused(),
+        ):
+            self._freezing.undo(subject="Model", fix="")
+            try:
+                yield self.plan.model
+            finally:
+                self._freezing.redo()
+
+    def variant(self, name: str) -> dict[str, nn.Module]:
+        """Return the modules of an adapter by FQN, wherever they are now.
+
+        Raises:
+            VariantError: There is no such adapter.
+        """
+        self._require(name)
+        return self.swap_state.variant(name)
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Return the tensors that an adapter brought, or, for `rules`, the rules did.
+
+        Args:
+            name: Of an adapter, or `rules`.
+
+        Returns:
+            By `fqn.name`, not copied; nothing that the base has too.
+
+        Raises:
+            VariantError: There is no such adapter.
+        """
+        if name == RULES and self.surgery is not None:
+            pairs = {
+                item.site.fqn: (item.site.module, item.module) for item in self.surgery.replacements
+            }
+        else:
+            pairs = {
+                fqn: (self.swap_state.sites[fqn].module, module)
+                for fqn, module in self.variant(name).items()
+            }
+        return {
+            f"{fqn}.{key}" if fqn else key: tensor
+            for fqn, (before, after) in pairs.items()
+            for key, tensor in owned_tensors(before, after).items()
+        }
+
+    def load_(self, name: str, state: Mapping[str, torch.Tensor]) -> None:
+        """Copy tensors into those of an adapter, or of the rules, all or none of them.
+
+        Args:
+            name: Of an adapter, or `rules`.
+            state: By `fqn.name`, exactly those of `tensors(name)`; dtype and device stay.
+
+        Raises:
+            VariantError: There is no such adapter.
+            StateError: Keys are missing or unexpected, a shape differs, or a value is not finite.
+        """
+        load_tensors_(name, self.tensors(name), state)
+        self.loaded.add(name)
+
+    def added_parameters(self, names: Sequence[str] | None = None) -> list[nn.Parameter]:
+        """Return the parameters to train: those that were brought, and get gradients.
+
+        Args:
+            names: Adapters, or `rules`; None means all there is.
+
+        Raises:
+            VariantError: There is no such adapter.
+        """
+        if names is None:
+            names = [*([RULES] if self.surgery is not None else []), *self.plan.adapters]
+        found = {
+            id(tensor): tensor
+            for name in names
+            for tensor in self.tensors(name).values()
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        }
+        return list(found.values())
+
+    def add_to_optimizer(
+        self,
+        optimizer: torch.optim.Optimizer,
+        names: Sequence[str] | None = None,
+        **options: Any,  # noqa: ANN401 (of the optimizer's groups)
+    ) -> None:
+        """Give what is trained to an optimizer as a group, until `revert`.
+
+        Args:
+            optimizer: Has other parameters already, perhaps.
+            names: See `added_parameters`.
+            **options: Of the group, such as `lr`.
+
+        Raises:
+            OptionsError: The optimizer has some of them, there are none, or a scheduler was made
+                for it, which knows the groups there were.
+        """
+        group = OptimizerGroup.add(optimizer, self.added_parameters(names), options)
+        self._groups.append(group)
+
+    def revert(self) -> nn.Module:
+        """Take all of it back, optimizer groups included, or change nothing and raise.
+
+        Returns:
+            The model as it was planned for.
+
+        Raises:
+            DriftError: Somebody replaced a module that was put in place.
+            VariantError: It has been reverted already.
+        """
+        self._require_applied()
+        selected = self.swap_state.selected
+        was_enabled = self.swap_state.is_enabled
+        self.swap_state.disable()
+        if self.surgery is not None:
+            try:
+                self.surgery.revert()
+            except BaseException:
+                if was_enabled and selected is not None:
+                    self.swap_state.enable()
+                raise
+        self.take_back()
+        return self.plan.model
+
+    def take_back(self) -> None:
+        """Take back what there is; for `revert`, and after a failed `enter`."""
+        self.swap_state.on_write = None
+        self.swap_state.disable()
+        self._drop_compositions()
+        for name in self.swap_state.names:
+            self.swap_state.delete(name)
+        if self.surgery is not None and self.surgery.is_applied:
+            self.surgery.revert()
+        self._freezing.rollback()
+        while self._groups:
+            self._groups.pop().remove()
+        self.is_applied = False
+
+    def _require(self, name: str) -> None:
+        if name not in self.plan.adapters:
+            msg = f"Adapter {name!r} does not exist: expected one of {listed(self.adapters)}."
+            raise VariantError(msg)
+
+    def _require_applied(self) -> None:
+        if not self.is_applied:
+            msg = "Recipe is reverted already: expected an applied one. Apply a plan again."
+            raise VariantError(msg)
+
+
+def owned_tensors(before: nn.Module, after: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what a replacement's state dict has that is not the very tensor of the original's."""
+    shared = {id(tensor) for tensor in before.state_dict(keep_vars=True).values()}
+    return {
+        key: tensor
+        for key, tensor in after.state_dict(keep_vars=True).items()
+        if isinstance(tensor, torch.Tensor) and id(tensor) not in shared
+    }
+
+
+def load_tensors_(
+    name: str, own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
+) -> None:
+    """Copy tensors into those of an adapter, all or none; dtype and device stay.
+
+    Args:
+        name: Of the adapter, for messages.
+        own: By key.
+        state: Exactly the same keys.
+
+    Raises:
+        StateError: Keys are missing or unexpected, a shape differs, or a value is not finite.
+    """
+    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
+    mismatched = [
+        f"{key}: expected shape {tuple(own[key].shape)}, got {tuple(state[key].shape)}"
+        for key in own.keys() & state.keys()
+        if own[key].shape != state[key].shape
+    ]
+    mismatched += [
+        f"{key}: values are not finite"
+        for key in own.keys() & state.keys()
+        if state[key].is_floating_point() and not bool(torch.isfinite(state[key]).all())
+    ]
+    if missing or unexpected or mismatched:
+        msg = (
+            f"Tensors do not fit {name!r}: missing {listed(sorted(missing))}, unexpected "
+            f"{listed(sorted(unexpected))}, mismatched {listed(sorted(mismatched))}. Use the "
+            "options and the model that they were saved with."
+        )
+        raise StateError(msg, missing=missing, unexpected=unexpected, mismatched=mismatched)
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(state[key])

@@ -1,0 +1,183 @@
+"""What a model is wrapped in or placed by, and whether it can be worked on so."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from surgery_core.errors import PreflightError
+
+Level = Literal["error", "note"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnostic:
+    """Something about a model that matters before it is written to.
+
+    Args:
+        level: An error keeps a plan from being made; a note does not.
+        subject: What it is, for example `DistributedDataParallel`.
+        fqn: Where; empty for the root.
+        message: What follows from it, and what to do.
+    """
+
+    level: Level
+    subject: str
+    fqn: str
+    message: str
+
+    def __str__(self) -> str:
+        where = f"at {self.fqn!r}" if self.fqn else "at the root"
+        return f"{self.subject} {where}: {self.message}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A class by name, since most of these live in packages that need not be installed."""
+
+    package: str
+    name: str
+    level: Level
+    message: str
+
+    def is_(self, cls: type) -> bool:
+        """Tell whether a class is the one that is meant."""
+        # With the dot: packages may begin alike.
+        return cls.__name__ == self.name and f"{cls.__module__}.".startswith(f"{self.package}.")
+
+
+_KINDS = (
+    _Kind(
+        *("torch.nn.parallel", "DistributedDataParallel", "error"),
+        "it has noted which parameters there are. Plan for its `module`, and wrap it afterwards.",
+    ),
+    _Kind(
+        *("torch.nn.parallel", "DataParallel", "error"),
+        "it copies the model at each call. Plan for its `module`, and wrap it afterwards.",
+    ),
+    _Kind(
+        *("torch.distributed.fsdp", "FullyShardedDataParallel", "error"),
+        "its parameters are flattened and sharded. Apply before wrapping.",
+    ),
+    _Kind(
+        *("torch.distributed.fsdp", "FSDPModule", "error"),
+        "its parameters are sharded. Apply before `fully_shard`.",
+    ),
+    _Kind(
+        *("torch._dynamo", "OptimizedModule", "error"),
+        "it is a compiled view of another module. Plan for its `_orig_mod`, and compile it "
+        "afterwards, or use `model.compile()`.",
+    ),
+    _Kind(
+        *("torch.jit", "ScriptModule", "error"),
+        "its code is fixed. Plan for the module it was scripted from.",
+    ),
+    _Kind(
+        *("deepspeed", "DeepSpeedEngine", "error"),
+        "it has noted which parameters there are. Apply before `deepspeed.initialize`.",
+    ),
+    _Kind(
+        *("deepspeed", "PipelineModule", "error"),
+        "its layers are spread over processes. Apply to the layers it is made from.",
+    ),
+    _Kind(
+        *("peft", "PeftModel", "note"),
+        "FQNs begin with those of its wrappers. Its own adapters stay as they are.",
+    ),
+)
+
+
+_DISPATCHED, _META = "dispatched by accelerate", "on the meta device"
+_COMPILED = "compiled in place"
+
+_STATES = {
+    _DISPATCHED: "weights may come and go with each call. What is added stays where they compute.",
+    _META: "there are no values to compute with. Load them before running the model.",
+    _COMPILED: "what replaces one of them is not compiled. Call its `compile()` where that matters.",
+}
+"""What modules may be in, whatever their class, and what follows."""
+
+
+def diagnose(model: nn.Module) -> list[Diagnostic]:
+    """Return what matters about a model before it is written to; nothing is changed.
+
+    Args:
+        model: The model.
+
+    Example:
+        >>> [str(found) for found in diagnose(nn.DataParallel(nn.Linear(2, 2)))]
+        ['DataParallel at the root: it copies the model at each call. Plan for its `module`, and wrap it afterwards.']
+    """
+    return list(_diagnose(model))
+
+
+def check_preflight(diagnostics: Iterable[Diagnostic]) -> None:
+    """Refuse a model about which something is an error.
+
+    Raises:
+        PreflightError: All of them are named.
+    """
+    errors = [found for found in diagnostics if found.level == "error"]
+    if errors:
+        msg = f"Model cannot be worked on: {' '.join(map(str, errors))}"
+        raise PreflightError(msg, diagnostics=errors)
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Return where a module computes whose weights are elsewhere until they are needed.
+
+    That is what accelerate does for models that do not fit on a device: between calls the weights
+    are on the meta device.
+
+    Args:
+        module: The module; those inside it count too.
+
+    Returns:
+        None for a module whose tensors are where it computes.
+    """
+    for found in module.modules():
+        hook = vars(found).get("_hf_hook")
+        # Several hooks may be chained in one.
+        for each in (hook, *getattr(hook, "hooks", ())):
+            device = getattr(each, "execution_device", None)
+            if device is not None:
+                # An integer is the number of an accelerator, and `cuda` the current one: a tensor
+                # says which that is.
+                return torch.empty(0, device=device).device
+    return None
+
+
+def _diagnose(model: nn.Module) -> Iterator[Diagnostic]:
+    seen: set[type[nn.Module]] = set()
+    found: dict[str, list[str]] = {state: [] for state in _STATES}
+    for fqn, module in model.named_modules():
+        for state in _states(module):
+            found[state].append(fqn)
+        cls = type(module)
+        if cls not in seen:
+            seen.add(cls)
+            for kind in _KINDS:
+                if any(kind.is_(base) for base in cls.__mro__):
+                    yield Diagnostic(
+                        level=kind.level, subject=kind.name, fqn=fqn, message=kind.message
+                    )
+    for state, message in _STATES.items():
+        fqns = found[state]
+        if fqns:
+            modules = "1 module" if len(fqns) == 1 else f"{len(fqns)} modules"
+            yield Diagnostic(
+                level="note", subject=f"{modules} {state}", fqn=fqns[0], message=message
+            )
+
+
+def _states(module: nn.Module) -> Iterator[str]:
+    attributes = vars(module)
+    if "_hf_hook" in attributes:
+        yield _DISPATCHED
+    elif any(p is not None and p.is_meta for p in module._parameters.values()):  # noqa: SLF001 (torch's registry)
+        yield _META
+    # Nothing public says that `nn.Module.compile` has been called.
+    if attributes.get("_compiled_call_impl") is not None:
+        yield _COMPILED

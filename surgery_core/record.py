@@ -1,0 +1,421 @@
+"""Keep what was done to a model, and do it again: in another process, or on another model."""
+
+import hashlib
+import json
+import os
+import platform
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from surgery_core.atomic import digest_of, sync_folder, write_atomically
+from surgery_core.editing import EditedModel, ModelPlan
+from surgery_core.errors import RecordError, StateError, SurgeryWarning, listed
+from surgery_core.plan import Edit, PlanDocument, structure
+from surgery_core.recipe import ModelRecipe
+from surgery_core.shown import Shown
+
+RECORD_FILE = "surgery.json"
+TENSORS_FILE = "surgery.safetensors"
+FORMAT = "surgery record"
+VERSION = 1
+
+BaseCheck = Literal["warn", "error", "ignore"]
+"""What to do when a record was made of a model with the same modules and other values."""
+
+Planner = Callable[[nn.Module, ModelRecipe], ModelPlan]
+"""Plans a model's part of a recipe; see `Session.plan_recipe`."""
+
+MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+"""By version, what makes a record of the next version of one of that."""
+
+NUM_VALUES = 64
+"""How many values of each tensor of the base are looked at."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What was done to a model, as it was read from a folder.
+
+    Args:
+        folder: Where.
+        recipe: What was asked for, options complete, without sources.
+        plans: What came of it, by adapter, `rules` first.
+        base: The model before: a line for each module and tensor.
+        values: Digests of some values of the base, by FQN, where there were any.
+        operations: Which distribution offered each operation.
+        versions: Of the packages that made it.
+        state: Tensors, by adapter and then by `fqn.name`.
+    """
+
+    folder: Path
+    recipe: ModelRecipe
+    plans: Mapping[str, PlanDocument]
+    base: tuple[str, ...]
+    values: Mapping[str, str]
+    operations: Mapping[str, str | None]
+    versions: Mapping[str, str]
+    state: Mapping[str, Mapping[str, torch.Tensor]]
+
+
+def save_record(
+    edited: EditedModel,
+    folder: str | os.PathLike[str],
+    *,
+    operations: Mapping[str, str | None],
+) -> None:
+    """Write a record of what was done to a model, tensors included; nothing of the base's.
+
+    Whenever the process dies, the folder holds the record it held before, or the new one.
+
+    Args:
+        edited: The model, with the recipe applied.
+        folder: Made if it is not there.
+        operations: Which distribution offers each operation.
+
+    Raises:
+        StateError: A tensor has no values, or values that are not finite; nothing was written.
+    """
+    names = list(edited.plan.document.documents)
+    state = {
+        f"{name}:{key}": tensor.detach().contiguous().cpu()
+        for name in names
+        for key, tensor in _checked(name, edited.tensors(name)).items()
+    }
+    adapters = {
+        name: recipe.model_copy(update={"source": None})
+        for name, recipe in edited.plan.recipe.adapters.items()
+    }
+    active = edited.active
+    update = {
+        "adapters": adapters,
+        "active": dict(active) if isinstance(active, Mapping) else active,
+    }
+    recipe = edited.plan.recipe.model_copy(update=update)
+    with edited.paused() as model:
+        base, values = structure(model), _values(edited.plan)
+    used = {
+        edit.operation for found in edited.plan.document.documents.values() for edit in found.edits
+    }
+    tensors = save(state)
+    data = {
+        "format": FORMAT,
+        "version": VERSION,
+        "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
+        "plans": {name: asdict(found) for name, found in edited.plan.document.documents.items()},
+        "base": {"structure": base, "values": values},
+        "operations": {name: operations.get(name) for name in sorted(used)},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "tensors": {"sha256": hashlib.sha256(tensors).hexdigest(), "bytes": len(tensors)},
+    }
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    _finish(target)
+    # The record names its tensors by their digest. Those of the new record wait under another name
+    # until the record is there, so that at no moment a record is without its own.
+    write_atomically(_pending(target), tensors)
+    write_atomically(target / RECORD_FILE, json.dumps(data, indent=1).encode())
+    _finish(target)
+
+
+def read_record(folder: str | os.PathLike[str]) -> Record:
+    """Read a record; nothing in it is executed.
+
+    Raises:
+        RecordError: There is none, it is damaged, or of a later version.
+    """
+    path = Path(folder) / RECORD_FILE
+    try:
+        data = _migrated(path, json.loads(path.read_text(encoding="utf-8")))
+        recipe = ModelRecipe.model_validate(data["recipe"])
+        plans = {name: PlanDocument.from_mapping(found) for name, found in data["plans"].items()}
+        base = tuple(map(str, data["base"]["structure"]))
+        values = dict(data["base"]["values"])
+        digest = data["tensors"]["sha256"]
+        operations, versions = dict(data["operations"]), dict(data["versions"])
+    except FileNotFoundError as err:
+        msg = (
+            f"Folder {os.fspath(folder)!r} has no record: expected {RECORD_FILE!r} in it. Pass a "
+            "folder that a record was saved to."
+        )
+        raise RecordError(msg) from err
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        detail = err.errors()[0]["msg"] if isinstance(err, ValidationError) else repr(err)
+        msg = f"Record {str(path)!r} is damaged: expected what save_record writes, got {detail}."
+        raise RecordError(msg) from err
+    state: dict[str, dict[str, torch.Tensor]] = {name: {} for name in plans}
+    for key, tensor in _tensors(Path(folder), digest).items():
+        name, sign, own = key.partition(":")
+        if not sign or name not in state:
+            msg = f"Record {str(path)!r} is damaged: expected no tensor {key!r}."
+            raise RecordError(msg)
+        state[name][own] = tensor
+    return Record(
+        folder=Path(folder),
+        recipe=recipe,
+        plans=plans,
+        base=base,
+        values=values,
+        operations=operations,
+        versions=versions,
+        state=state,
+    )
+
+
+def show_record(record: Record) -> Shown:
+    """Describe a record for people, a row for each adapter."""
+    active = record.recipe.selected
+    weights = {active: 1.0} if isinstance(active, str) else dict(active or {})
+    rows = []
+    for name, document in record.plans.items():
+        tensors = record.state[name].values()
+        operations = sorted({edit.operation for edit in document.edits})
+        rows.append(
+            (
+                *(name, ", ".join(operations), f"{weights[name]:g}" if name in weights else "-"),
+                *(str(len(document.edits)), f"{sum(t.numel() for t in tensors):,}"),
+                *(
+                    f"{sum(t.nbytes for t in tensors):,}",
+                    ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors})),
+                ),
+            )
+        )
+    made = [f"{name}: {maker or 'by hand'}" for name, maker in record.operations.items()]
+    return Shown(
+        title=f"Record in {str(record.folder)!r} of {record.recipe.source or 'a model'}",
+        columns=("adapter", "operation", "active", "modules", "values", "bytes", "dtypes"),
+        rows=tuple(rows),
+        notes=(f"Operations: {', '.join(made)}.",),
+        data={
+            "source": str(record.folder),
+            "recipe": record.recipe.model_dump(mode="json", exclude_defaults=True),
+            "operations": dict(record.operations),
+            "versions": dict(record.versions),
+            "adapters": {
+                name: {"modules": len(found.edits), "values": found.num_parameters}
+                for name, found in record.plans.items()
+            },
+        },
+    )
+
+
+def replay(
+    model: nn.Module, record: Record, plan: Planner, *, base_check: BaseCheck = "warn"
+) -> EditedModel:
+    """Do again what a record says, on the same model as then, with the tensors as they were.
+
+    Args:
+        model: With the modules and dtypes that the recorded one had.
+        record: What was read.
+        plan: How to plan.
+        base_check: What to do if the model's values are others.
+
+    Raises:
+        RecordError: The model is another one, which the first difference shows; or the operations
+            would do something else now. The model is unchanged.
+        StateError: The values are others, and `base_check` is `"error"`; same.
+    """
+    actual = structure(model)
+    if actual != list(record.base):
+        raise RecordError(_first_difference(record, actual))
+    planned = plan(model, record.recipe)
+    for name, found in planned.document.documents.items():
+        if found.edits != record.plans[name].edits:
+            made = ", ".join(str(maker) for maker in record.operations.values())
+            msg = (
+                f"Record {str(record.folder)!r} cannot be replayed: operations would do something "
+                f"else for {name!r} now, expected {_summary(record.plans[name])}, got "
+                f"{_summary(found)}. Install what it was made with: {made}."
+            )
+            raise RecordError(msg)
+    _check_values(record, _values(planned), base_check)
+    return _loaded(planned, record.state)
+
+
+def rematch(model: nn.Module, record: Record, plan: Planner) -> EditedModel:
+    """Do what a record says on another model: rules are matched anew, and tensors follow in order.
+
+    For a base of another dtype, or one in which the same layers have other names.
+
+    Args:
+        model: For which the recipe makes as many edits, of the same shapes, as it did then.
+        record: What was read.
+        plan: How to plan.
+
+    Raises:
+        StateError: The edits are others; all are named, and the model is unchanged.
+        SurgeryError: The recipe does not suit the model; same.
+    """
+    planned = plan(model, record.recipe)
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    problems: list[str] = []
+    for name, found in planned.document.documents.items():
+        then, now = record.plans[name].edits, found.edits
+        if len(then) != len(now):
+            problems.append(f"{name}: expected {len(then)} edits, got {len(now)}")
+            continue
+        state[name] = {}
+        for old, new in zip(then, now, strict=True):
+            if _shapes(old) != _shapes(new):
+                problems.append(f"{name}: {new.fqn} is not as {old.fqn} was")
+            before = f"{old.fqn}." if old.fqn else ""
+            state[name] |= {
+                f"{new.fqn}.{key.removeprefix(before)}": tensor
+                for key, tensor in record.state[name].items()
+                if key.startswith(before)
+            }
+    if problems:
+        msg = (
+            f"Record {str(record.folder)!r} does not suit the model: {'; '.join(problems)}. Pass a "
+            "model with as many layers of the same sizes."
+        )
+        raise StateError(msg, mismatched=problems)
+    return _loaded(planned, state)
+
+
+def _loaded(planned: ModelPlan, state: Mapping[str, Mapping[str, torch.Tensor]]) -> EditedModel:
+    edited = planned.apply()
+    try:
+        for name, tensors in state.items():
+            edited.load_(name, tensors)
+    except BaseException:
+        edited.revert()
+        raise
+    return edited
+
+
+def _checked(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    bad = [
+        f"{name}: {key}"
+        for key, tensor in tensors.items()
+        if tensor.is_meta or not bool(torch.isfinite(tensor).all())
+    ]
+    if bad:
+        msg = (
+            f"Nothing was saved: expected values that are finite, got others in {listed(bad)}. "
+            "Load or train them again."
+        )
+        raise StateError(msg, mismatched=bad)
+    return tensors
+
+
+def _pending(folder: Path) -> Path:
+    return folder / f"{TENSORS_FILE}.new"
+
+
+def _finish(folder: Path) -> None:
+    """Put the tensors of a record in their place, also if a save was cut off just before that."""
+    if not _pending(folder).exists():
+        return
+    try:
+        digest = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["tensors"]["sha256"]
+    except (OSError, ValueError, LookupError, TypeError):
+        # Then they belong to no record.
+        return
+    if digest_of(_pending(folder)) == digest:
+        _pending(folder).replace(folder / TENSORS_FILE)
+        sync_folder(folder)
+
+
+def _tensors(folder: Path, digest: str) -> dict[str, torch.Tensor]:
+    """Read the tensors that belong to a record, also if the process died when they were in place."""
+    for path in (folder / TENSORS_FILE, _pending(folder)):
+        if path.is_file() and digest_of(path) == digest:
+            try:
+                return load_file(path)
+            except SafetensorError as err:
+                msg = f"Record {str(path)!r} is damaged: {err}. Save it again."
+                raise RecordError(msg) from err
+    msg = (
+        f"Record {str(folder)!r} has no tensors of its own: expected a file {TENSORS_FILE!r} with "
+        f"SHA-256 {digest}. Restore it, or save the record again."
+    )
+    raise RecordError(msg)
+
+
+def _migrated(path: Path, data: dict[str, Any]) -> dict[str, Any]:
+    if data["format"] != FORMAT or type(data["version"]) is not int:
+        msg = f"format {data['format']!r}"
+        raise ValueError(msg)
+    if data["version"] > VERSION:
+        msg = (
+            f"Record {str(path)!r} is of version {data['version']}: expected at most {VERSION}. "
+            "Install a later surgery-core."
+        )
+        raise RecordError(msg)
+    while data["version"] < VERSION:
+        data = MIGRATIONS[data["version"]](data)
+    return data
+
+
+def _values(planned: ModelPlan) -> dict[str, str]:
+    """Return digests of some values of the modules that are worked on, as they were before."""
+    plans = [adapter.plan for adapter in planned.adapters.values()]
+    plans += [planned.rules[1]] if planned.rules is not None else []
+    sites = {claim.site.fqn: claim.site.module for plan in plans for claim in plan.claims}
+    found = {}
+    for fqn, module in sorted(sites.items()):
+        tensors = list(module.parameters())
+        # Tensors of other classes, such as quantised ones, cannot be looked into everywhere.
+        if all(type(t) in (nn.Parameter, torch.Tensor) and not t.is_meta for t in tensors):
+            found[fqn] = _digest(tensors)
+    return found
+
+
+def _digest(tensors: Sequence[torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.detach().flatten()
+        sampled = flat[:: max(1, flat.numel() // NUM_VALUES)][:NUM_VALUES]
+        digest.update(sampled.double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _check_values(record: Record, actual: Mapping[str, str], policy: BaseCheck) -> None:
+    other = sorted(
+        fqn for fqn, digest in record.values.items() if actual.get(fqn, digest) != digest
+    )
+    if policy == "ignore" or not other:
+        return
+    msg = (
+        f"Record {str(record.folder)!r} was made of a model with other values: expected those "
+        f"recorded, got others at {listed(other)}. Load the model it was made of, or pass "
+        "base_check='ignore'."
+    )
+    if policy == "error":
+        raise StateError(msg, mismatched=other)
+    warnings.warn(msg, SurgeryWarning, stacklevel=4)
+
+
+def _first_difference(record: Record, actual: list[str]) -> str:
+    expected = list(record.base)
+    number = next(
+        (i for i, (old, new) in enumerate(zip(expected, actual, strict=False)) if old != new),
+        min(len(expected), len(actual)),
+    )
+    old = expected[number] if number < len(expected) else "nothing more"
+    new = actual[number] if number < len(actual) else "nothing more"
+    # Tensors are indented below the line of their module.
+    is_tensor = old.startswith(" ") or new.startswith(" ")
+    before = expected[:number] if is_tensor else [old if number < len(expected) else new]
+    fqn = next((line for line in reversed(before) if not line.startswith(" ")), ":")
+    return (
+        f"Record {str(record.folder)!r} is of another model: at {fqn.partition(':')[0]!r} expected "
+        f"{old.strip()!r}, got {new.strip()!r}. Load the model it was made of, or rematch."
+    )
+
+
+def _summary(document: PlanDocument) -> str:
+    return f"{len(document.edits)} modules and {document.num_parameters:,} parameters"
+
+
+def _shapes(edit: Edit) -> list[tuple[str, tuple[int, ...]]]:
+    return [(spec.name, spec.shape) for spec in edit.added]
