@@ -34,7 +34,7 @@ from surgery_core.operation import (
 )
 from surgery_core.plan import Edit, PlanDocument, fingerprint
 from surgery_core.plugins import PluginInfo, Plugins
-from surgery_core.preflight import Diagnostic, execution_device
+from surgery_core.preflight import Diagnostic, check_preflight, diagnose, execution_device
 from surgery_core.recipe import ModelRecipe, Recipe, dump_recipe, load_recipe
 from surgery_core.record import Record, read_record
 from surgery_core.selectors import (
@@ -114,6 +114,8 @@ __all__ = [
     "Verification",
     "WeightedVariant",
     "Where",
+    "check_preflight",
+    "diagnose",
     "dump_recipe",
     "execution_device",
     "fingerprint",

@@ -1,8 +1,8 @@
 """What a model is wrapped in or placed by, and whether it can be worked on so."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -54,6 +54,10 @@ _KINDS = (
         "it has noted which parameters there are. Plan for its `module`, and wrap it afterwards.",
     ),
     _Kind(
+        *("torch.distributed._composable", "DDP", "error"),
+        "it has noted which parameters there are. Apply before `replicate`.",
+    ),
+    _Kind(
         *("torch.nn.parallel", "DataParallel", "error"),
         "it copies the model at each call. Plan for its `module`, and wrap it afterwards.",
     ),
@@ -89,13 +93,25 @@ _KINDS = (
 )
 
 
-_DISPATCHED, _META = "dispatched by accelerate", "on the meta device"
-_COMPILED = "compiled in place"
+_DISPATCHED, _LOADED_WHOLE = "dispatched by accelerate", "loaded whole by accelerate"
+_META, _COMPILED = "on the meta device", "compiled in place"
 
-_STATES = {
-    _DISPATCHED: "weights may come and go with each call. What is added stays where they compute.",
-    _META: "there are no values to compute with. Load them before running the model.",
-    _COMPILED: "what replaces one of them is not compiled. Call its `compile()` where that matters.",
+_PRELOADED = (
+    "each call looks up the tensors inside by name, and finds none that was added. Dispatch without "
+    "`preload_module_classes`."
+)
+
+_STATES: Mapping[str, tuple[Level, str]] = {
+    _LOADED_WHOLE: ("error", _PRELOADED),
+    _DISPATCHED: (
+        "note",
+        "weights may come and go with each call. What is added stays where they compute.",
+    ),
+    _META: ("note", "there are no values to compute with. Load them before running the model."),
+    _COMPILED: (
+        "note",
+        "what replaces one of them is not compiled. Call its `compile()` where that matters.",
+    ),
 }
 """What modules may be in, whatever their class, and what follows."""
 
@@ -138,13 +154,11 @@ def execution_device(module: nn.Module) -> torch.device | None:
         None for a module whose tensors are where it computes.
     """
     for found in module.modules():
-        hook = vars(found).get("_hf_hook")
-        # Several hooks may be chained in one.
-        for each in (hook, *getattr(hook, "hooks", ())):
+        for each in _dispatch_hooks(found):
             device = getattr(each, "execution_device", None)
             if device is not None:
-                # An integer is the number of an accelerator, and `cuda` the current one: a tensor
-                # says which that is.
+                # An integer is the number of an accelerator, and without one it is the current one:
+                # a tensor says which that is.
                 return torch.empty(0, device=device).device
     return None
 
@@ -163,21 +177,31 @@ def _diagnose(model: nn.Module) -> Iterator[Diagnostic]:
                     yield Diagnostic(
                         level=kind.level, subject=kind.name, fqn=fqn, message=kind.message
                     )
-    for state, message in _STATES.items():
+    for state, (level, message) in _STATES.items():
         fqns = found[state]
         if fqns:
             modules = "1 module" if len(fqns) == 1 else f"{len(fqns)} modules"
-            yield Diagnostic(
-                level="note", subject=f"{modules} {state}", fqn=fqns[0], message=message
-            )
+            subject = f"{modules} {state}"
+            yield Diagnostic(level=level, subject=subject, fqn=fqns[0], message=message)
 
 
 def _states(module: nn.Module) -> Iterator[str]:
-    attributes = vars(module)
-    if "_hf_hook" in attributes:
+    hooks = _dispatch_hooks(module)
+    if any(getattr(each, "offload", False) and each.place_submodules for each in hooks):
+        yield _LOADED_WHOLE
+    if hooks:
         yield _DISPATCHED
     elif any(p is not None and p.is_meta for p in module._parameters.values()):  # noqa: SLF001 (torch's registry)
         yield _META
     # Nothing public says that `nn.Module.compile` has been called.
-    if attributes.get("_compiled_call_impl") is not None:
+    if vars(module).get("_compiled_call_impl") is not None:
         yield _COMPILED
+
+
+def _dispatch_hooks(module: nn.Module) -> tuple[Any, ...]:
+    """Return what accelerate calls before and after a module's forward."""
+    hook = vars(module).get("_hf_hook")
+    if hook is None:
+        return ()
+    # Several hooks may be chained in one.
+    return tuple(getattr(hook, "hooks", (hook,)))

@@ -1,7 +1,8 @@
 """`AdaptedAttention`: a base attention module with adaption prompts added to what it computes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial, update_wrapper
+from types import MethodType
 from typing import Any, Protocol, Self
 
 import torch
@@ -16,6 +17,7 @@ from surgery_adaption_prompt.parts import (
     PromptPart,
     Sharing,
 )
+from surgery_core import ContractError
 
 TERMS = "adaption_terms"
 """Keyword by which a forward asks for its term in a list, to add it itself."""
@@ -219,6 +221,54 @@ def adapt(
     return compose(base, architecture, [PromptPart(config)], own)
 
 
+def undispatched(base: nn.Module) -> nn.Module:
+    """Return a module without the forward that accelerate gave it; they share everything else.
+
+    That forward moves arguments to where the module computes, and calls the module's own. A wrapper
+    gets one too. Anybody else's forward stays where it is, and so does one that also loads the
+    module's own tensors with each call: it has none for those that a wrapper adds.
+
+    Args:
+        base: An attention module; not changed.
+    """
+    if not _is_dispatched(base):
+        return base
+    bare = type(base).__new__(type(base))
+    vars(bare).update({name: value for name, value in vars(base).items() if name != "forward"})
+    return bare
+
+
+def _is_dispatched(base: nn.Module) -> bool:
+    """Tell whether a module has a forward of accelerate's that a wrapper can have too."""
+    state = vars(base)
+    forward, hook = state.get("forward"), state.get("_hf_hook")
+    return (
+        isinstance(forward, partial)
+        and forward.args == (base,)
+        and getattr(state.get("_old_forward"), "__func__", None) is type(base).forward
+        # Several hooks may be chained in one.
+        and all(
+            type(each).__name__ == "AlignDevicesHook" and not getattr(each, "offload", True)
+            for each in getattr(hook, "hooks", (hook,))
+        )
+    )
+
+
+def _dispatch_again(adapted: AdaptedAttention, base: nn.Module) -> None:
+    """Give a wrapper the forward of accelerate's that its base has, for its own."""
+    if not _is_dispatched(base):
+        msg = (
+            f"Module {type(base).__name__} cannot be wrapped: expected its class's own forward, got "
+            "a patched one, which would be called in place of the wrapper's. Remove what patched it."
+        )
+        raise ContractError(msg, fqn="", expected="its class's own forward", actual=type(base))
+    state = vars(adapted)
+    state["_old_forward"] = MethodType(type(adapted).forward, adapted)
+    state["forward"] = update_wrapper(
+        partial(state["forward"].func, adapted), state["_old_forward"]
+    )
+
+
 def compose(
     base: nn.Module,
     architecture: AttentionArchitecture,
@@ -300,6 +350,10 @@ def _restore(
     )
     # A property, since the table it speaks of is shared.
     del vars(adapted)["_is_full_backward_hook"]
+    # Of the base, which would be called in place of the wrapper.
+    vars(adapted).pop("_compiled_call_impl", None)
+    if "forward" in vars(base):
+        _dispatch_again(adapted, base)
     if buffers:
         vars(adapted).update(
             _buffers={**base._buffers, **buffers},  # noqa: SLF001 (same)

@@ -23,7 +23,15 @@ from surgery_adaption_prompt.selection import MERGED, Derived, prompt_modules, r
 from surgery_adaption_prompt.status import ModelStatus, adapter_status, model_status
 from surgery_adaption_prompt.store import AdapterStore
 from surgery_adaption_prompt.text_init import Tokenizer
-from surgery_core import OptionsError, Plan, Transaction, VariantError, listed
+from surgery_core import (
+    OptionsError,
+    Plan,
+    Transaction,
+    VariantError,
+    check_preflight,
+    diagnose,
+    listed,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,6 +62,7 @@ class AdaptionPromptModel(AdapterManager):
         OptionsError: There is no configuration of that name, or one asks for too many layers.
         NoMatchError: The model has no attention modules, or none called `target_modules`.
         ContractError: The modules cannot be adapted, or are adapted already.
+        PreflightError: The model is wrapped in something that keeps it from being worked on.
 
     Example:
         >>> import torch
@@ -84,6 +93,7 @@ class AdaptionPromptModel(AdapterManager):
         tokenizer: Tokenizer | None = None,
         store: AdapterStore | None = None,
     ) -> None:
+        check_preflight(diagnose(model))
         super().__init__(model, store=store)
         if adapter_name not in configs:
             msg = (
