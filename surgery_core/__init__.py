@@ -52,6 +52,7 @@ from surgery_core.shown import Shown, format_table
 from surgery_core.slots import Site, Slot, SlotIndex
 from surgery_core.surgery import Plan, Replacement, Surgery
 from surgery_core.swap import Loans, SwapState
+from surgery_core.tensors import load_tensors_
 from surgery_core.transaction import OnWrite, Transaction
 from surgery_core.verify import Check, Verification, verify
 
@@ -124,6 +125,7 @@ __all__ = [
     "listed",
     "load",
     "load_recipe",
+    "load_tensors_",
     "parse_selector",
     "read_record",
     "verify",

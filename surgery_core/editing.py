@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from surgery_core.errors import ContractError, DriftError, StateError, VariantError, listed
+from surgery_core.errors import ContractError, DriftError, VariantError, listed
 from surgery_core.model_document import RULES, Choice, ModelDocument
 from surgery_core.operation import BoundRule, Composed, Operation, Saved, WeightedVariant
 from surgery_core.optimizers import OptimizerGroup
@@ -18,6 +18,7 @@ from surgery_core.slots import Slot
 from surgery_core.snapshots import Snapshot, snapshot
 from surgery_core.surgery import Observer, Plan, Surgery
 from surgery_core.swap import SwapState
+from surgery_core.tensors import load_tensors_, owned_tensors
 from surgery_core.transaction import OnWrite, Transaction
 
 _COMPOSITIONS = ("composition/1", "composition/2")
@@ -313,7 +314,12 @@ class EditedModel:
             VariantError: There is no such adapter.
             StateError: Keys are missing or unexpected, a shape differs, or a value is not finite.
         """
-        load_tensors_(name, self.tensors(name), state)
+        load_tensors_(
+            self.tensors(name),
+            state,
+            subject=f"Tensors do not fit {name!r}",
+            fix="Use the options and the model that they were saved with.",
+        )
         self.loaded.add(name)
 
     def added_parameters(self, names: Sequence[str] | None = None) -> list[nn.Parameter]:
@@ -402,49 +408,3 @@ class EditedModel:
         if not self.is_applied:
             msg = "Recipe is reverted already: expected an applied one. Apply a plan again."
             raise VariantError(msg)
-
-
-def owned_tensors(before: nn.Module, after: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what a replacement's state dict has that is not the very tensor of the original's."""
-    shared = {id(tensor) for tensor in before.state_dict(keep_vars=True).values()}
-    return {
-        key: tensor
-        for key, tensor in after.state_dict(keep_vars=True).items()
-        if isinstance(tensor, torch.Tensor) and id(tensor) not in shared
-    }
-
-
-def load_tensors_(
-    name: str, own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
-) -> None:
-    """Copy tensors into those of an adapter, all or none; dtype and device stay.
-
-    Args:
-        name: Of the adapter, for messages.
-        own: By key.
-        state: Exactly the same keys.
-
-    Raises:
-        StateError: Keys are missing or unexpected, a shape differs, or a value is not finite.
-    """
-    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
-    mismatched = [
-        f"{key}: expected shape {tuple(own[key].shape)}, got {tuple(state[key].shape)}"
-        for key in own.keys() & state.keys()
-        if own[key].shape != state[key].shape
-    ]
-    mismatched += [
-        f"{key}: values are not finite"
-        for key in own.keys() & state.keys()
-        if state[key].is_floating_point() and not bool(torch.isfinite(state[key]).all())
-    ]
-    if missing or unexpected or mismatched:
-        msg = (
-            f"Tensors do not fit {name!r}: missing {listed(sorted(missing))}, unexpected "
-            f"{listed(sorted(unexpected))}, mismatched {listed(sorted(mismatched))}. Use the "
-            "options and the model that they were saved with."
-        )
-        raise StateError(msg, missing=missing, unexpected=unexpected, mismatched=mismatched)
-    with torch.no_grad():
-        for key, tensor in own.items():
-            tensor.copy_(state[key])

@@ -17,7 +17,7 @@ from surgery_adaption_prompt.config import OWN_TYPE, AdaptionPromptConfig
 from surgery_adaption_prompt.functional import activate_gate
 from surgery_adaption_prompt.parts import GATE, PROMPT
 from surgery_adaption_prompt.pickled import load_pickled
-from surgery_core import StateError, SurgeryError, listed
+from surgery_core import StateError, SurgeryError, listed, load_tensors_
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -58,23 +58,12 @@ def load_state_(modules: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -
         StateError: Keys are missing or unexpected, a shape differs, or a value is not finite; all
             problems are named and nothing was copied.
     """
-    own = adapter_state(modules)
-    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
-    mismatched = [
-        f"{name}: {problem}"
-        for name in own.keys() & state.keys()
-        if (problem := _problem(state[name], own[name]))
-    ]
-    if missing or unexpected or mismatched:
-        msg = (
-            f"State does not fit the adapter: missing {listed(sorted(missing))}; unexpected "
-            f"{listed(sorted(unexpected))}; mismatched {listed(sorted(mismatched))}. Load it with "
-            "the configuration it was trained with, on the model it was trained for."
-        )
-        raise StateError(msg, missing=missing, unexpected=unexpected, mismatched=mismatched)
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
+    load_tensors_(
+        adapter_state(modules),
+        state,
+        subject="State does not fit the adapter",
+        fix="Load it with the configuration it was trained with, on the model it was trained for.",
+    )
 
 
 def save_adapter(
@@ -248,16 +237,6 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
             "folder that save_pretrained wrote."
         )
         raise SurgeryError(msg) from err
-
-
-def _problem(given: Tensor, own: Tensor) -> str | None:
-    if given.shape != own.shape:
-        return f"expected shape {tuple(own.shape)}, got {tuple(given.shape)}"
-    if given.is_floating_point() != own.is_floating_point():
-        return f"expected {own.dtype} values, got {given.dtype}"
-    if not torch.isfinite(given.to(own.dtype)).all():
-        return f"values are not finite in {own.dtype}"
-    return None
 
 
 def expected_bytes(folder: Path) -> int:

@@ -1,0 +1,66 @@
+"""Tensors by key: those that a replacement brought, and copying others into them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from surgery_core.errors import StateError, listed
+
+
+def owned_tensors(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
+    """Return what a replacement's state dict has that is not the very tensor of the original's."""
+    shared = {id(tensor) for tensor in before.state_dict(keep_vars=True).values()}
+    return {
+        key: tensor
+        for key, tensor in after.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor) and id(tensor) not in shared
+    }
+
+
+def load_tensors_(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], *, subject: str, fix: str
+) -> None:
+    """Copy tensors into others, all or none of them; dtype and device of those stay.
+
+    Args:
+        own: By key.
+        state: Exactly the same keys.
+        subject: How the error begins, for example `State does not fit the adapter`.
+        fix: What the error tells the user to do.
+
+    Raises:
+        StateError: Keys are missing or unexpected, a shape or the kind of values differs, or a value
+            is not finite in the dtype it would get; all problems are named, nothing was copied.
+
+    Example:
+        >>> weight = torch.zeros(2)
+        >>> load_tensors_({"w": weight}, {"w": torch.ones(2)}, subject="No fit", fix="Stop.")
+        >>> weight
+        tensor([1., 1.])
+    """
+    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
+    mismatched = [
+        f"{name}: {problem}"
+        for name in own.keys() & state.keys()
+        if (problem := _problem(state[name], own[name]))
+    ]
+    if missing or unexpected or mismatched:
+        msg = (
+            f"{subject}: missing {listed(sorted(missing))}; unexpected "
+            f"{listed(sorted(unexpected))}; mismatched {listed(sorted(mismatched))}. {fix}"
+        )
+        raise StateError(msg, missing=missing, unexpected=unexpected, mismatched=mismatched)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+
+def _problem(given: Tensor, own: Tensor) -> str | None:
+    if given.shape != own.shape:
+        return f"expected shape {tuple(own.shape)}, got {tuple(given.shape)}"
+    if given.is_floating_point() != own.is_floating_point():
+        return f"expected {own.dtype} values, got {given.dtype}"
+    if not torch.isfinite(given.to(own.dtype)).all():
+        return f"values are not finite in {own.dtype}"
+    return None
