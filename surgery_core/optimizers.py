@@ -48,11 +48,16 @@ class OptimizerGroup:
             raise OptionsError(msg)
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         num_known = sum(id(parameter) in known for parameter in parameters)
-        if num_known or len({id(parameter) for parameter in parameters}) != len(parameters):
-            what = f"has {num_known} of the" if num_known else "gets some twice of"
+        if num_known:
             msg = (
-                f"Optimizer {what} {len(parameters)} parameters{' already' if num_known else ''}: "
-                "expected others. Add them once."
+                f"Optimizer has {num_known} of the {len(parameters)} parameters already: expected "
+                "others. Add them once."
+            )
+            raise OptionsError(msg)
+        if len({id(parameter) for parameter in parameters}) != len(parameters):
+            msg = (
+                f"Optimizer gets {len(parameters)} parameters, some of them twice: expected each "
+                "once. Leave out the others."
             )
             raise OptionsError(msg)
         _check_options(optimizer, options)

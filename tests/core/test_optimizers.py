@@ -159,7 +159,7 @@ def test_a_parameter_given_twice_is_refused():
     (one, two) = parameters()
 
     assert (
-        "Optimizer gets some twice of 3 parameters: expected others. Add them once."
+        "Optimizer gets 3 parameters, some of them twice: expected each once. Leave out the others."
     ) == refusal(SGD(parameters(), lr=0.1), [one, two, one])
 
 
