@@ -63,7 +63,8 @@ class FakeHost:
         del self.peft_config[name]
 
     def adapter_bytes(self, name):
-        return (8 if name in self.wide else self.widths.get(name, self.width)) * VALUES[name]
+        width = self.widths.get(name, self.width) if name in self.peft_config else self.width
+        return (8 if name in self.wide else width) * VALUES[name]
 
     def is_in_use(self, name):
         return name in self.used

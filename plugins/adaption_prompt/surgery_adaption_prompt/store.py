@@ -7,7 +7,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,10 +85,17 @@ class StoreCounters:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Loaded:
-    """An adapter this store loaded; it is still the store's while the host has the same object."""
+    """An adapter this store loaded; it is still the store's while the host has the same object.
+
+    Args:
+        config: That object.
+        num_bytes: What it takes; in proportion to what was expected of its file, so to its dtype.
+        expected: Of the file.
+    """
 
     config: object
     num_bytes: int
+    expected: int
 
 
 class AdapterStore:
@@ -157,9 +163,8 @@ class AdapterStore:
         self._base_check: BaseCheck = base_check
         # Least recently asked for first.
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
-        # Asked for since sizes were looked at; and those that a move of the base has not reached.
+        # Asked for since sizes were looked at, or in use then.
         self._asked: set[str] = set()
-        self._behind: set[str] = set()
         self._pinned: set[str] = set()
         self._leases: Counter[str] = Counter()
         self._hits = self._misses = self._evictions = 0
@@ -336,7 +341,7 @@ class AdapterStore:
                 self._make_room(host, sizes[name], wanted)
                 host.add_from_folder(folder, name, is_trainable=False, base_check=self._base_check)
                 added.append(name)
-                self._note(host, name)
+                self._note(host, name, sizes[name])
             # It may be more than was expected of the files.
             self._make_room(host, 0, wanted)
         except BaseException:
@@ -379,9 +384,10 @@ class AdapterStore:
             raise StoreError(msg, num_bytes=total, max_bytes=self._max_bytes)
         return victims
 
-    def _note(self, host: Host, name: str) -> None:
+    def _note(self, host: Host, name: str, expected: int) -> None:
         """Note an adapter as loaded by this store, as it is now."""
-        self._loaded[name] = _Loaded(host.peft_config[name], host.adapter_bytes(name))
+        num_bytes = host.adapter_bytes(name)
+        self._loaded[name] = _Loaded(host.peft_config[name], num_bytes, expected)
 
     def _evict(self, host: Host, name: str) -> None:
         host.delete_adapter(name)
@@ -427,19 +433,15 @@ class AdapterStore:
             return None
         for name in [name for name in self._loaded if not self._has_loaded(host, name)]:
             del self._loaded[name]
-        # Sizes change when the model moves to another dtype: all at once, or each when it is next
-        # put in the model, before which it is asked for. So a few tell, without asking thousands.
+        # Sizes change when the model moves to another dtype: all those of one dtype at once, or each
+        # when it is next put in the model, before which it is asked for. So the ones asked for and
+        # one of each dtype tell, without asking thousands.
         self._asked &= self._loaded.keys()
-        self._behind &= self._loaded.keys()
-        reached = (name for name in self._loaded if name not in self._behind)
-        some = {*self._asked, *self._behind, *islice(reached, 1)}
+        by_dtype = {at.num_bytes / max(1, at.expected): name for name, at in self._loaded.items()}
+        some = {*self._asked, *by_dtype.values()}
         if any(host.adapter_bytes(name) != self._loaded[name].num_bytes for name in some):
-            noted = dict(self._loaded)
-            for name in noted:
-                self._note(host, name)
-            changed = {n for n, at in noted.items() if at.num_bytes != self._loaded[n].num_bytes}
-            is_new = bool(changed - self._behind)
-            self._behind = (set(noted) if is_new else self._behind) - changed
+            for name, loaded in list(self._loaded.items()):
+                self._note(host, name, loaded.expected)
         # What is in use may be taken out, and put back when the base has moved.
         self._asked = {name for name in self._asked if host.is_in_use(name)}
         return host
