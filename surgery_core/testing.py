@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,8 @@ from torch.utils.hooks import RemovableHandle
 from surgery_core.errors import DriftError, OptionsError, listed
 from surgery_core.operation import Rule
 from surgery_core.plan import PlanDocument, fingerprint
+from surgery_core.recipe import ModelRecipe, RuleRecipe
+from surgery_core.selectors import Selector
 from surgery_core.session import Session
 from surgery_core.slots import Slot, SlotKind
 from surgery_core.snapshots import (
@@ -356,6 +360,26 @@ class OperationContract(ABC):
             failing_at(0)(0, nn.Parameter(torch.zeros(1)))
 
         assert_unchanged(before, model, subject="A block that failed")
+
+    def test_a_record_of_it_computes_the_same(self) -> None:
+        """The rules in a recipe, saved, and done again on an equal model, give equal outputs."""
+        if any(
+            isinstance(s, Selector) for rule in self.rules() for s in (rule.select, rule.exclude)
+        ):
+            msg = "rules() has selectors that are no text, which recipes cannot hold"
+            raise unittest.SkipTest(msg)
+        rules = tuple(RuleRecipe(**asdict(rule)) for rule in self.rules())
+        session, model = self.session(), self._model()
+        before = snapshot(model)
+        edited = session.plan_recipe(model, ModelRecipe(rules=rules)).apply()
+        expected = self._outputs(edited.model)
+        with TemporaryDirectory() as folder:
+            session.save(edited, folder)
+            edited.revert()
+            assert_unchanged(before, model, subject="A recipe that was saved and reverted")
+            again = session.load(self._model(), folder, base_check="error")
+
+        assert self._outputs(again.model) == expected, "A replayed record computes something else."
 
     def _model(self) -> nn.Module:
         with torch.random.fork_rng():

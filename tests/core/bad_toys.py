@@ -159,3 +159,20 @@ class DiffersWhenPickled(Gate):
 class IsNoIdentity(Gate):
     def build(self, site, _options):
         return Gated(site.module, gate=1e-6)
+
+
+class Numbered(Gated):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs) + self.number
+
+
+class KeepsValuesElsewhere(Gate):
+    """What it computes depends on a number that is in no state dict."""
+
+    count = 0
+
+    def build(self, site, _options):
+        new = Numbered(site.module)
+        KeepsValuesElsewhere.count += 1
+        new.number = KeepsValuesElsewhere.count
+        return new

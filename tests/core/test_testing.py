@@ -13,6 +13,7 @@ from core.bad_toys import (
     DrawsRandomNumbers,
     IgnoresModes,
     IsNoIdentity,
+    KeepsValuesElsewhere,
     LeavesResidue,
     LiesAboutKeys,
     LiesAboutShapes,
@@ -36,7 +37,7 @@ from core.toys import (
 )
 from torch import nn
 
-from surgery_core import Rule
+from surgery_core import OfClass, Rule
 from surgery_core.testing import (
     InjectedError,
     OperationContract,
@@ -172,10 +173,20 @@ def test_a_good_operation_passes(operation):
         (DiffersWhenCopied, "copies_of_the_applied_model_compute_the_same"),
         (DiffersWhenPickled, "copies_of_the_applied_model_compute_the_same"),
         (IsNoIdentity, "output_at_init_is_as_declared"),
+        (KeepsValuesElsewhere, "a_record_of_it_computes_the_same"),
+        (LeavesResidue, "a_record_of_it_computes_the_same"),
     ],
 )
 def test_a_bad_operation_fails(operation, expected):
     assert expected in failing(operation)
+
+
+def test_the_suite_keeps_no_record_of_selectors_that_are_no_text():
+    rules = [Rule(operation="gate", select=OfClass(nn.Linear))]
+    contract = type("Contract", (ToyContract,), {"rules": lambda _self: rules})
+
+    with pytest.raises(unittest.SkipTest, match="selectors that are no text"):
+        contract().test_a_record_of_it_computes_the_same()
 
 
 def test_a_suite_whose_rules_claim_nothing_fails():
