@@ -53,7 +53,7 @@ from surgery_core.slots import Site, Slot, SlotIndex
 from surgery_core.surgery import Plan, Replacement, Surgery
 from surgery_core.swap import Loans, SwapState
 from surgery_core.tensors import load_tensors_
-from surgery_core.transaction import OnWrite, Transaction
+from surgery_core.transaction import OnWrite, Transaction, passing_places
 from surgery_core.verify import Check, Verification, verify
 
 __version__ = "0.1.0.dev0"
@@ -127,6 +127,7 @@ __all__ = [
     "load_recipe",
     "load_tensors_",
     "parse_selector",
+    "passing_places",
     "read_record",
     "verify",
 ]

@@ -19,7 +19,7 @@ from surgery_core.snapshots import Snapshot, snapshot
 from surgery_core.surgery import Observer, Plan, Surgery
 from surgery_core.swap import SwapState
 from surgery_core.tensors import load_tensors_, owned_tensors
-from surgery_core.transaction import OnWrite, Transaction
+from surgery_core.transaction import OnWrite, Transaction, passing_places
 
 _COMPOSITIONS = ("composition/1", "composition/2")
 """Variants made of adapters: one may be taken while the next is made. Adapters' names have no `/`."""
@@ -155,7 +155,7 @@ class EditedModel:
         """
         plan = self.plan
         self.before = snapshot(plan.model, values=False)
-        own = list(plan.model.parameters())
+        own, places = list(plan.model.parameters()), passing_places(plan.model)
         if plan.rules is not None:
             # With adapters, the model they are for must stay where it is.
             self.surgery = plan.rules[1].apply(on_write=on_write, in_place=bool(plan.adapters))
@@ -166,7 +166,8 @@ class EditedModel:
         self._freezing = Transaction(on_write=on_write)
         if plan.recipe.freeze:
             for parameter in own:
-                self._freezing.set_requires_grad(parameter, value=False)
+                at = places.get(id(parameter), ())
+                self._freezing.set_requires_grad(parameter, value=False, places=at)
         self.is_applied = True
         self.swap_state.on_write = on_write
         if plan.recipe.selected is not None:

@@ -94,10 +94,20 @@ def snapshot(model: nn.Module, *, values: bool = True) -> Snapshot:
         ['attributes: :scale is new']
     """
     named = list(model.named_modules(remove_duplicate=False))
+    # What accelerate has offloaded comes and goes as other objects.
+    passing = {
+        id(tensor)
+        for _, module in named
+        if "_hf_hook" in vars(module)
+        for table in (module._parameters, module._buffers)  # noqa: SLF001 (torch's registries)
+        for tensor in table.values()
+        if tensor is not None and tensor.is_meta
+    }
     tensors = [
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]
+    lasting = {id(tensor) for _, tensor in tensors} - passing
     attributes = [
         # Children are told apart by `modules`.
         (f"{fqn}:{name}", tuple(id(m) for m in _modules_in(value) if name != "_modules"))
@@ -108,9 +118,13 @@ def snapshot(model: nn.Module, *, values: bool = True) -> Snapshot:
         modules=tuple((fqn, id(module)) for fqn, module in named),
         # Sorted: an attribute taken away and put back is as good as one left alone.
         attributes=tuple(sorted(attributes)),
-        tensors=tuple((fqn, (id(tensor), tensor.requires_grad)) for fqn, tensor in tensors),
+        tensors=tuple(
+            (fqn, (0 if id(tensor) in passing else id(tensor), tensor.requires_grad))
+            for fqn, tensor in tensors
+        ),
         state=tuple(
-            (key, frozen(value) if values else _written(value))
+            # State dicts may have tensors that they make anew each time: those are copied.
+            (key, frozen(value) if values or id(value) not in lasting else _written(value))
             for key, value in model.state_dict(keep_vars=True).items()
         ),
         modes=tuple((fqn, module.training) for fqn, module in named),

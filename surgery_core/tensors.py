@@ -9,12 +9,14 @@ from surgery_core.errors import StateError, listed
 
 
 def owned_tensors(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
-    """Return what a replacement's state dict has that is not the very tensor of the original's."""
-    shared = {id(tensor) for tensor in before.state_dict(keep_vars=True).values()}
+    """Return the parameters and buffers in a replacement's state dict that the original has not."""
+    # State dicts may have more: what bitsandbytes makes anew with each call is the base's.
+    own = {id(tensor) for tensor in (*after.parameters(), *after.buffers())}
+    own -= {id(tensor) for tensor in (*before.parameters(), *before.buffers())}
     return {
         key: tensor
         for key, tensor in after.state_dict(keep_vars=True).items()
-        if isinstance(tensor, Tensor) and id(tensor) not in shared
+        if isinstance(tensor, Tensor) and id(tensor) in own
     }
 
 

@@ -1,6 +1,6 @@
 """The only writer: every change to a model goes through a transaction that can take it back."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -13,6 +13,10 @@ OnWrite = Callable[[int, Slot | nn.Parameter], None]
 
 Move = tuple[Slot, nn.Module, nn.Module]
 """A slot, what it holds, and what it shall hold."""
+
+
+Places = Sequence[tuple[nn.Module, str]]
+"""Modules and names of their parameters."""
 
 
 class Transaction:
@@ -28,7 +32,7 @@ class Transaction:
     def __init__(self, *, on_write: OnWrite | None = None) -> None:
         self._on_write = on_write
         self._replaced: list[tuple[Slot, nn.Module, nn.Module]] = []
-        self._flagged: list[tuple[nn.Parameter, bool]] = []
+        self._flagged: list[tuple[nn.Parameter, bool, Places]] = []
         self._count = 0
 
     def replace(self, slot: Slot, old: nn.Module, new: nn.Module) -> None:
@@ -56,13 +60,22 @@ class Transaction:
             else:
                 slot.put(move[2])
 
-    def set_requires_grad(self, parameter: nn.Parameter, *, value: bool) -> None:
-        """Set whether a parameter is trained, remembering what it was."""
+    def set_requires_grad(
+        self, parameter: nn.Parameter, *, value: bool, places: Places = ()
+    ) -> None:
+        """Set whether a parameter is trained, remembering what it was.
+
+        Args:
+            parameter: The parameter.
+            value: Whether.
+            places: Modules, with a name each, where others may have come in its stead when this is
+                taken back, as accelerate's do with each call.
+        """
         if parameter.requires_grad is value:
             return
         self._announce(parameter)
-        self._flagged.append((parameter, value))
-        parameter.requires_grad_(value)
+        self._flagged.append((parameter, value, places))
+        _set_requires_grad(parameter, places, value=value)
 
     @property
     def replaced(self) -> tuple[tuple[Slot, nn.Module, nn.Module], ...]:
@@ -72,7 +85,7 @@ class Transaction:
     @property
     def flagged(self) -> tuple[nn.Parameter, ...]:
         """Parameters whose trainable flag was changed, in order."""
-        return tuple(parameter for parameter, _ in self._flagged)
+        return tuple(parameter for parameter, _, _ in self._flagged)
 
     def rollback(self) -> None:
         """Take back every write, last first."""
@@ -80,8 +93,8 @@ class Transaction:
             slot, old, _ = self._replaced.pop()
             slot.put(old)
         while self._flagged:
-            parameter, value = self._flagged.pop()
-            parameter.requires_grad_(not value)
+            parameter, value, places = self._flagged.pop()
+            _set_requires_grad(parameter, places, value=not value)
 
     def undo(self, *, subject: str, fix: str, on_write: OnWrite | None = None) -> None:
         """Take back a committed transaction, all or nothing.
@@ -100,8 +113,8 @@ class Transaction:
         with Transaction(on_write=on_write) as reverse:
             for slot, old, new in reversed(self._replaced):
                 reverse.replace(slot, new, old)
-            for parameter, value in reversed(self._flagged):
-                reverse.set_requires_grad(parameter, value=not value)
+            for parameter, value, places in reversed(self._flagged):
+                reverse.set_requires_grad(parameter, value=not value, places=places)
 
     def redo(self, *, on_write: OnWrite | None = None) -> None:
         """Do again what `undo` took back, all or nothing.
@@ -112,8 +125,8 @@ class Transaction:
         with Transaction(on_write=on_write) as again:
             for slot, old, new in self._replaced:
                 again.replace(slot, old, new)
-            for parameter, value in self._flagged:
-                again.set_requires_grad(parameter, value=value)
+            for parameter, value, places in self._flagged:
+                again.set_requires_grad(parameter, value=value, places=places)
 
     def _announce(self, target: Slot | nn.Parameter) -> None:
         if self._on_write is not None:
@@ -131,3 +144,22 @@ class Transaction:
     ) -> None:
         if kind is not None:
             self.rollback()
+
+
+def passing_places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Return where parameters are, by `id`, that accelerate exchanges with each call."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        if "_hf_hook" in vars(module):
+            for name, parameter in module._parameters.items():  # noqa: SLF001 (torch's registry)
+                if parameter is not None:
+                    found.setdefault(id(parameter), []).append((module, name))
+    return found
+
+
+def _set_requires_grad(parameter: nn.Parameter, places: Places, *, value: bool) -> None:
+    parameter.requires_grad_(value)
+    for module, name in places:
+        now = module._parameters.get(name)  # noqa: SLF001 (torch's registry)
+        if now is not None and now is not parameter:
+            now.requires_grad_(value)

@@ -200,36 +200,40 @@ def _gradients(edited: EditedModel, inputs: Inputs | None) -> Iterator[Check]:
         names = [*([RULES] if edited.surgery is not None else [])]
         names += [choice] if isinstance(choice, str) else list(choice or {})
         with _activated(edited, choice):
-            parameters = dict(edited.model.named_parameters())
-            kept = {name: p.grad for name, p in parameters.items()}
-            try:
-                for parameter in parameters.values():
-                    parameter.grad = None
-                with _quiet(edited.model), torch.enable_grad():
-                    loss = sum(
-                        out.float().square().mean() for out in _floats(_call(edited.model, inputs))
-                    )
-                if isinstance(loss, Tensor) and loss.requires_grad:
-                    loss.backward()  # type: ignore[no-untyped-call]
-                promised = {id(p) for p in edited.added_parameters(names)}
-                wrong = []
-                for name, parameter in parameters.items():
-                    grad = parameter.grad
-                    if id(parameter) in promised and grad is None:
-                        wrong.append(f"{name} gets none")
-                    elif grad is not None and not bool(torch.isfinite(grad).all()):
-                        wrong.append(f"{name} is not finite")
-                    elif (
-                        grad is not None
-                        and edited.plan.recipe.freeze
-                        and id(parameter) not in promised
-                    ):
-                        wrong.append(f"{name} is not to be trained")
-            finally:
-                for name, parameter in parameters.items():
-                    parameter.grad = kept[name]
+            promised = {id(parameter) for parameter in edited.added_parameters(names)}
+            found = dict(edited.model.named_parameters())
+            gradients = _differentiated(edited.model, found, inputs)
+        wrong = []
+        for name, parameter in found.items():
+            grad, is_promised = gradients[name], id(parameter) in promised
+            if is_promised and grad is None:
+                wrong.append(f"{name} gets none")
+            elif grad is not None and not bool(torch.isfinite(grad).all()):
+                wrong.append(f"{name} is not finite")
+            elif grad is not None and edited.plan.recipe.freeze and not is_promised:
+                wrong.append(f"{name} is not to be trained")
+        absent = promised - {id(parameter) for parameter in found.values()}
+        wrong += [f"{len(absent)} parameters are not in the model"] if absent else []
         what = f"{len(promised)} parameters get finite gradients"
         yield _check("gradients", _named(choice) if choice is not None else RULES, wrong, what)
+
+
+def _differentiated(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], inputs: Inputs
+) -> dict[str, Tensor | None]:
+    """Return the gradients of a loss by name; those that were there are there again afterwards."""
+    kept = {name: parameter.grad for name, parameter in parameters.items()}
+    try:
+        for parameter in parameters.values():
+            parameter.grad = None
+        with _quiet(model), torch.enable_grad():
+            loss = sum(out.float().square().mean() for out in _floats(_call(model, inputs)))
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+        return {name: parameter.grad for name, parameter in parameters.items()}
+    finally:
+        for name, parameter in parameters.items():
+            parameter.grad = kept[name]
 
 
 def _compile(edited: EditedModel, inputs: Inputs | None) -> Iterator[Check]:

@@ -1,11 +1,12 @@
 """The plugin runs the contract suite of the core, in every family and both kinds of gate."""
 
 import pytest
+import torch
 from support.families import CLASSES, Shape, build, tokens
 from surgery_adaption_prompt import AdaptionPromptOperation, plugin
 from torch import nn
 
-from surgery_core import Rule, Session
+from surgery_core import Rule, Session, fingerprint
 from surgery_core.testing import OperationContract
 
 
@@ -65,6 +66,13 @@ def test_the_installed_plugin_is_found():
     assert info.error is None
     assert ("adaption_prompt", "trainable_copy") == info.operations
     assert info.distribution.startswith("surgery-adaption-prompt ")
+    assert {
+        "surgery_load_model",
+        "surgery_load_skeleton",
+        "surgery_operations",
+        "surgery_probe_inputs",
+        "surgery_show",
+    } == set(info.hooks)
 
 
 @pytest.mark.parametrize("family", CLASSES)
@@ -77,5 +85,25 @@ def test_a_folder_is_planned_without_its_weights(tmp_path, family):
     assert CLASSES[family][1] == type(model).__name__
 
 
+@pytest.mark.parametrize("family", CLASSES)
+def test_a_folder_is_loaded_and_can_be_run(tmp_path, family):
+    """What is loaded is what was saved, and the plugin knows how to call it."""
+    saved = build(family)
+    saved.save_pretrained(tmp_path)
+    plugins = Session([plugin], discover=False).plugins
+
+    model = plugins.load_model(str(tmp_path))
+    inputs = plugins.probe_inputs(model)
+
+    assert CLASSES[family][1] == type(model).__name__
+    with torch.no_grad():
+        assert torch.equal(saved(**inputs).logits, model(**inputs).logits)
+    assert fingerprint(model) == fingerprint(plugins.load_skeleton(str(tmp_path)))
+
+
 def test_another_source_is_left_to_other_plugins(tmp_path):
-    assert Session([plugin], discover=False).plugins.load_skeleton(str(tmp_path)) is None
+    plugins = Session([plugin], discover=False).plugins
+
+    assert plugins.load_skeleton(str(tmp_path)) is None
+    assert plugins.load_model(str(tmp_path)) is None
+    assert plugins.probe_inputs(nn.Linear(2, 2)) is None

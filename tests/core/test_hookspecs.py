@@ -19,6 +19,17 @@ class Knows:
         return nn.ReLU() if source == self.source else None
 
     @hookimpl
+    def surgery_load_model(self, source):
+        if source == f"broken {self.source}":
+            msg = "no weights"
+            raise OSError(msg)
+        return Net() if source == self.source else None
+
+    @hookimpl
+    def surgery_probe_inputs(self, model):
+        return {"x": self.source} if model.of == self.source else None
+
+    @hookimpl
     def surgery_show(self, source):
         if source != self.source:
             return None
@@ -32,6 +43,48 @@ def test_skeletons_are_loaded_by_the_plugin_that_knows_the_source():
     assert isinstance(plugins.load_skeleton("b"), nn.ReLU)
     assert plugins.load_skeleton("c") is None
     assert [info.name for info in plugins.infos] == ["ToyPlugin", "knows_a", "knows_b"]
+
+
+def test_models_are_loaded_by_the_plugin_that_knows_the_source():
+    """An error of the plugin is the caller's."""
+    plugins = Plugins([Knows("a"), Knows("b"), ToyPlugin()], discover=False)
+
+    assert isinstance(plugins.load_model("a"), Net)
+    assert isinstance(plugins.load_model("b"), Net)
+    assert plugins.load_model("c") is None
+    with pytest.raises(OSError, match="no weights"):
+        plugins.load_model("broken a")
+
+
+def test_models_are_called_with_what_the_plugin_that_knows_them_says():
+    plugins = Plugins([Knows("a"), Knows("b"), ToyPlugin()], discover=False)
+    models = [Net(), Net(), Net()]
+    for model, name in zip(models, "abc", strict=True):
+        model.of = name
+
+    assert [{"x": "a"}, {"x": "b"}, None] == [plugins.probe_inputs(model) for model in models]
+
+
+def test_hooks_that_nobody_implements_answer_nothing():
+    plugins = Plugins([ToyPlugin()], discover=False)
+    model = Net()
+
+    assert plugins.load_skeleton("a") is None
+    assert plugins.load_model("a") is None
+    assert plugins.probe_inputs(model) is None
+    assert plugins.show("a") is None
+    assert [] == plugins.preflight(model)
+
+
+def test_hooks_that_a_plugin_implements_are_listed():
+    (info,) = Plugins([Knows("a")], discover=False).infos
+
+    assert (
+        "surgery_load_model",
+        "surgery_load_skeleton",
+        "surgery_probe_inputs",
+        "surgery_show",
+    ) == info.hooks
 
 
 def test_sources_are_shown_by_the_plugin_that_knows_them():

@@ -191,6 +191,21 @@ def test_a_promised_parameter_without_a_gradient_fails():
     assert "head.gate gets none" in outcome.render()
 
 
+def test_a_promised_parameter_that_is_not_in_the_model_fails():
+    """Somebody put another in its place, so an optimizer would train what nothing uses."""
+    found = edited(adapters={"wide": GATE}, active=None)
+    kept = found.tensors
+
+    def tensors(name):
+        return {**kept(name), "old": nn.Parameter(torch.zeros(1))}
+
+    found.tensors = tensors
+    outcome = verify(found, INPUTS, tiers=["gradients"])
+
+    assert [("gradients", "wide")] == failed(outcome)
+    assert "1 parameters are not in the model" in outcome.render()
+
+
 def test_a_gradient_that_nobody_promised_fails():
     found = edited(adapters={"wide": GATE}, active=None)
     found.model.stem.bias.requires_grad_(True)

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, PretrainedConfig
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.pytorch_utils import Conv1D
 
-from surgery_adaption_prompt.attention import TERMS, AdaptedAttention
+from surgery_adaption_prompt.attention import TERMS, AdaptedAttention, undispatched
 from surgery_adaption_prompt.baked import Child
 from surgery_core import ContractError, listed
 
@@ -291,7 +291,8 @@ def architecture_of(module: nn.Module, *, fqn: str) -> TransformersAttention:
     if not _uses_interface(type(module)):
         _refuse(fqn, "an attention module that uses transformers' attention interface", name,
                 "Select the attention modules, for example 'model.layers.*.self_attn'.")  # fmt: skip
-    if "forward" in vars(module):
+    # accelerate's dispatch is carried over to the wrapper.
+    if "forward" in vars(undispatched(module)):
         _refuse(fqn, "a module with its class's own forward", f"{name} with a patched forward",
                 "Remove what patched it (accelerate's dispatch hooks, for example) first.")  # fmt: skip
     reason = _known(type(module), REFUSED_CLASSES)

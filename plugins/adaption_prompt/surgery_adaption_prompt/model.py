@@ -31,6 +31,7 @@ from surgery_core import (
     check_preflight,
     diagnose,
     listed,
+    passing_places,
 )
 
 if TYPE_CHECKING:
@@ -104,9 +105,11 @@ class AdaptionPromptModel(AdapterManager):
         for name, config in configs.items():
             self._add(name, config, tokenizer=tokenizer)
         # Nothing has been written so far; either both of these happen or neither.
+        places = passing_places(model)
         with Transaction() as freezing:
             for parameter in model.parameters():
-                freezing.set_requires_grad(parameter, value=False)
+                at = places.get(id(parameter), ())
+                freezing.set_requires_grad(parameter, value=False, places=at)
             self.swap_state.set(adapter_name)
         self._freezing = freezing
 

@@ -8,17 +8,8 @@ from typing import Any
 from torch import nn
 
 from surgery_adaption_prompt import trainable_copy
-from surgery_adaption_prompt.architectures import (
-    TransformersAttention,
-    architecture_of,
-    attention_modules,
-)
-from surgery_adaption_prompt.attention import (
-    AdaptedAttention,
-    adapt,
-    parameter_dtype,
-    undispatched,
-)
+from surgery_adaption_prompt.architectures import architecture_of, attention_modules
+from surgery_adaption_prompt.attention import AdaptedAttention, adapt, parameter_dtype
 from surgery_adaption_prompt.composition import Composition, composition_rule, parameter_names
 from surgery_adaption_prompt.config import (
     CLASSIFICATION_HEADS,
@@ -114,7 +105,7 @@ class AdaptionPromptOperation(Operation[AdaptionPromptConfig]):
         Raises:
             ContractError: The module cannot be adapted, or is adapted already.
         """
-        hidden, heads = _architecture(site).sizes(site.module)
+        hidden, heads = architecture_of(site.module, fqn=site.fqn).sizes(site.module)
         dtype = str(parameter_dtype(site.module, options)).removeprefix("torch.")
         gates = heads if options.gate == "head" else 1
         trainable = not options.inference_mode
@@ -128,8 +119,8 @@ class AdaptionPromptOperation(Operation[AdaptionPromptConfig]):
 
     def build(self, site: Site, options: AdaptionPromptConfig) -> AdaptedAttention:
         """Return the attention module of the site, wrapped."""
-        device = execution_device(site.module)
-        return adapt(site.module, _architecture(site), options, device=device)
+        architecture = architecture_of(site.module, fqn=site.fqn)
+        return adapt(site.module, architecture, options, device=execution_device(site.module))
 
     def options_schema(self) -> Mapping[str, Any]:
         """Return the JSON Schema of `AdaptionPromptConfig`."""
@@ -188,11 +179,6 @@ class AdaptionPromptOperation(Operation[AdaptionPromptConfig]):
         """
         config = self.parse_options(options)
         SavableAdapter.prepare(folder, config, modules, for_peft=False).write(folder)
-
-
-def _architecture(site: Site) -> TransformersAttention:
-    """Return how to adapt the module of a site, also if accelerate has dispatched it."""
-    return architecture_of(undispatched(site.module), fqn=site.fqn)
 
 
 def adapter_rules(model: nn.Module, config: AdaptionPromptConfig) -> list[BoundRule]:

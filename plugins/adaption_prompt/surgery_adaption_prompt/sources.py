@@ -132,7 +132,8 @@ def _tried(source: str, call: Callable[[], nn.Module]) -> nn.Module:
     try:
         return call()
     except Exception as err:
-        # Whatever transformers, and what it reads with, raise: there is no end to it. Some of transformers' messages go on for pages.
+        # Whatever transformers, and what it reads with, raise: there is no end to it. Some messages
+        # go on for pages.
         first = str(err).strip().partition("\n")[0].rstrip(".")
         msg = (
             f"Model {source!r} cannot be loaded: {first or type(err).__name__}. Check the path, or "

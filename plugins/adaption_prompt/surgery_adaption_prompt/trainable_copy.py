@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from surgery_core import (
+    ContractError,
     Effects,
     NoMatchError,
     Operation,
@@ -16,6 +17,7 @@ from surgery_core import (
     Site,
     Tree,
     Where,
+    execution_device,
     listed,
 )
 
@@ -76,8 +78,21 @@ class TrainableCopyOperation(Operation[TrainableCopyOptions]):
         chosen = named(tree, options.modules)
         return Where(lambda fqn, _: fqn in chosen, f"modules named {listed(options.modules)}")
 
-    def describe(self, site: Site, options: TrainableCopyOptions) -> Effects:  # noqa: ARG002 (the same for all)
-        """Return that no key of the state dict changes."""
+    def describe(self, site: Site, options: TrainableCopyOptions) -> Effects:
+        """Return that no key of the state dict changes.
+
+        Raises:
+            ContractError: The copy could not be trained, since accelerate would load the base's
+                weights into it with each call.
+        """
+        passing = any(parameter.is_meta for parameter in site.module.parameters())
+        if options.is_trainable and passing and execution_device(site.module) is not None:
+            expected, actual = "weights that stay", "some that accelerate loads with each call"
+            msg = (
+                f"Operation {NAME!r} cannot work at {site.fqn!r}: expected {expected}, got "
+                f"{actual}. Give the module a device in the device map."
+            )
+            raise ContractError(msg, fqn=site.fqn, expected=expected, actual=actual)
         return Effects()
 
     def build(self, site: Site, options: TrainableCopyOptions) -> nn.Module:
