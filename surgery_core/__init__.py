@@ -20,6 +20,14 @@ from surgery_core.errors import (
     VariantError,
     listed,
 )
+from surgery_core.fx import (
+    GraphDocument,
+    GraphEdit,
+    GraphOperation,
+    GraphPlan,
+    GraphRule,
+    GraphSurgery,
+)
 from surgery_core.hookspecs import hookimpl
 from surgery_core.model_document import ModelDocument
 from surgery_core.operation import (
@@ -32,6 +40,7 @@ from surgery_core.operation import (
     TensorSpec,
     WeightedVariant,
 )
+from surgery_core.patterns import GraphMatch, PatternSelector, find_pattern
 from surgery_core.plan import Edit, PlanDocument, fingerprint
 from surgery_core.plugins import PluginInfo, Plugins
 from surgery_core.preflight import Diagnostic, check_preflight, diagnose, execution_device
@@ -72,6 +81,13 @@ __all__ = [
     "Effects",
     "Exact",
     "Glob",
+    "GraphDocument",
+    "GraphEdit",
+    "GraphMatch",
+    "GraphOperation",
+    "GraphPlan",
+    "GraphRule",
+    "GraphSurgery",
     "Loans",
     "ModelDocument",
     "ModelPlan",
@@ -81,6 +97,7 @@ __all__ = [
     "OnWrite",
     "Operation",
     "OptionsError",
+    "PatternSelector",
     "Plan",
     "PlanDocument",
     "PluginError",
@@ -119,6 +136,7 @@ __all__ = [
     "diagnose",
     "dump_recipe",
     "execution_device",
+    "find_pattern",
     "fingerprint",
     "format_table",
     "hookimpl",

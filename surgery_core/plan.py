@@ -95,7 +95,7 @@ class PlanDocument:
                 edit.fqn or "(root)",
                 edit.module.rpartition(".")[2],
                 edit.operation,
-                describe_added(edit),
+                describe_added(edit.added, edit.removed),
             )
             for edit in self.edits
         ]
@@ -316,10 +316,10 @@ def _edit(data: Mapping[str, Any]) -> Edit:
     )
 
 
-def describe_added(edit: Edit) -> str:
+def describe_added(added: Sequence[TensorSpec], removed: Sequence[str] = ()) -> str:
     """Write what an edit does to the state dict."""
-    parts = [f"{spec.name} {list(spec.shape)} {spec.dtype}" for spec in edit.added]
-    parts += [f"-{name}" for name in edit.removed]
+    parts = [f"{spec.name} {list(spec.shape)} {spec.dtype}" for spec in added]
+    parts += [f"-{name}" for name in removed]
     return ", ".join(parts) or "no tensors"
 
 

@@ -11,12 +11,13 @@ from surgery_core.errors import ContractError, DriftError, listed
 
 
 class SlotKind(Enum):
-    """How a slot's container holds the module."""
+    """How a slot's container holds the module; a graph is held as a module is."""
 
     ROOT = "root"
     CHILD = "child"
     ATTRIBUTE = "attribute"
     ITEM = "item"
+    GRAPH = "graph"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,16 +45,26 @@ class Slot:
         """Return what the slot holds now; None when the place is gone."""
         if self.kind is SlotKind.CHILD:
             return self.container._modules.get(self.key)  # type: ignore[union-attr,arg-type]  # noqa: SLF001 (torch's own registry; getattr would follow __getattr__)
+        if self.kind is SlotKind.GRAPH:
+            return self.container.graph  # type: ignore[union-attr]
         holder = self._holder()
         try:
             return holder[self.key]
         except (LookupError, TypeError):
             return None
 
-    def put(self, module: nn.Module) -> None:
-        """Make the slot hold `module`; only `surgery_core.transaction` calls this."""
-        if self.kind is SlotKind.CHILD:
-            self.container._modules[self.key] = module  # type: ignore[union-attr,index]  # noqa: SLF001 (keeps the order of children; setattr runs user code)
+    def put(self, module: object) -> None:
+        """Make the slot hold `module`; only `surgery_core.transaction` calls this.
+
+        A child's place that holds None is taken away.
+        """
+        if self.kind is SlotKind.CHILD and module is None:
+            self.container._modules.pop(self.key, None)  # type: ignore[union-attr,arg-type]  # noqa: SLF001 (same)
+        elif self.kind is SlotKind.GRAPH:
+            # Compiles the graph's code anew.
+            self.container.graph = module  # type: ignore[union-attr]
+        elif self.kind is SlotKind.CHILD:
+            self.container._modules[self.key] = module  # type: ignore[union-attr,index,assignment]  # noqa: SLF001 (keeps the order of children; setattr runs user code)
         else:
             self._holder()[self.key] = module
 
@@ -214,8 +225,8 @@ def _held(owner: nn.Module, fqn: str, name: str, value: object) -> Iterator[tupl
                 yield Slot(owner, SlotKind.ITEM, key, f"{prefix}[{key!r}]", name), item
 
 
-def check_holds(expected: Iterable[tuple[Slot, nn.Module]], *, subject: str, fix: str) -> None:
-    """Check that every slot holds the module expected of it.
+def check_holds(expected: Iterable[tuple[Slot, object]], *, subject: str, fix: str) -> None:
+    """Check that every slot holds the module, or the graph, expected of it.
 
     Args:
         expected: Slots, and what each must hold.

@@ -31,12 +31,12 @@ class Transaction:
 
     def __init__(self, *, on_write: OnWrite | None = None) -> None:
         self._on_write = on_write
-        self._replaced: list[tuple[Slot, nn.Module, nn.Module]] = []
+        self._replaced: list[tuple[Slot, object, object]] = []
         self._flagged: list[tuple[nn.Parameter, bool, Places]] = []
         self._count = 0
 
-    def replace(self, slot: Slot, old: nn.Module, new: nn.Module) -> None:
-        """Put `new` where `old` is.
+    def replace(self, slot: Slot, old: object, new: object) -> None:
+        """Put `new` where `old` is; both are modules, or graphs, or None where there is nothing.
 
         The caller has checked with `check_holds` that `old` is there.
         """
@@ -78,7 +78,7 @@ class Transaction:
         _set_requires_grad(parameter, places, value=value)
 
     @property
-    def replaced(self) -> tuple[tuple[Slot, nn.Module, nn.Module], ...]:
+    def replaced(self) -> tuple[tuple[Slot, object, object], ...]:
         """`(slot, old, new)` of every replacement, in order."""
         return tuple(self._replaced)
 
