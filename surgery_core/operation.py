@@ -14,6 +14,9 @@ from surgery_core.slots import Site
 
 OptionsT = TypeVar("OptionsT")
 
+Selectors = Selector | str | Sequence[Selector | str]
+"""A selector, as an object or as text, or several of them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
@@ -197,8 +200,9 @@ class Rule:
 
     Args:
         operation: Name of an operation that a plugin offers.
-        select: Where the operation may look for its targets; None means everywhere.
-        exclude: What to leave out of it; must exclude something, unless `optional`.
+        select: Where the operation may look for its targets; None means everywhere. Of several
+            selectors each must match something, unless the rule is `optional`.
+        exclude: What to leave out of it; each must exclude something, unless `optional`.
         options: Passed to the operation, which refuses the ones it does not know.
         expect: How many modules the rule must claim; None means at least one.
         optional: Allow the rule to claim nothing.
@@ -209,8 +213,8 @@ class Rule:
     """
 
     operation: str
-    select: Selector | str | None = None
-    exclude: Selector | str | None = None
+    select: Selectors | None = None
+    exclude: Selectors | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     expect: int | None = None
     optional: bool = False

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from surgery_core.errors import ConflictError, ContractError, NoMatchError, listed
-from surgery_core.operation import BoundRule, Effects, Operation, TensorSpec
+from surgery_core.operation import BoundRule, Effects, Operation, Selectors, TensorSpec
 from surgery_core.selectors import Selector, Tree, closest, parse_selector
 from surgery_core.slots import Site, SlotIndex
 
@@ -172,25 +172,29 @@ def _claims_of(number: int, bound: BoundRule, index: SlotIndex) -> list[Claim]:
     subject = f"Rule {number} ({operation.name!r}):"
     offered = tree
     if rule.select is not None:
-        selector = _as_selector(rule.select)
-        selected = selector.select(tree)
+        selected: set[str] = set()
+        for selector in _as_selectors(rule.select):
+            found = selector.select(tree)
+            # Each has to match: one that does not would be missed silently among the others.
+            if not found and not rule.optional:
+                _raise_no_match(f"{subject} selector", selector, tree)
+            selected |= found
         offered = {fqn: module for fqn, module in tree.items() if fqn in selected}
         if not offered:
-            if rule.optional:
-                return []
-            _raise_no_match(f"{subject} selector", selector, tree)
+            return []
     targets = operation.targets(offered, options)
     chosen = targets.select(offered)
     if not chosen and not rule.optional:
         _raise_no_match(f"{subject} target", targets, offered)
     if rule.exclude is not None:
-        excluded = _as_selector(rule.exclude)
-        # An alias excludes the module by every name it has.
-        ids = {id(tree[fqn]) for fqn in excluded.select(tree)}
-        kept = frozenset(fqn for fqn in chosen if id(tree[fqn]) not in ids)
-        if kept == chosen and not rule.optional:
-            _raise_no_match(f"{subject} exclude", excluded, tree)
-        chosen = kept
+        ids: set[int] = set()
+        for excluded in _as_selectors(rule.exclude):
+            # An alias excludes the module by every name it has.
+            found_ids = {id(tree[fqn]) for fqn in excluded.select(tree)}
+            if not rule.optional and not any(id(tree[fqn]) in found_ids for fqn in chosen):
+                _raise_no_match(f"{subject} exclude", excluded, tree)
+            ids |= found_ids
+        chosen = frozenset(fqn for fqn in chosen if id(tree[fqn]) not in ids)
     sites = {id(tree[fqn]): index.site(fqn) for fqn in tree if fqn in chosen}
     is_met = len(sites) == rule.expect if rule.expect is not None else bool(sites)
     # An optional rule may claim nothing, whatever it expects.
@@ -213,8 +217,10 @@ def _claims_of(number: int, bound: BoundRule, index: SlotIndex) -> list[Claim]:
     ]
 
 
-def _as_selector(value: Selector | str) -> Selector:
-    return parse_selector(value) if isinstance(value, str) else value
+def _as_selectors(value: Selectors) -> list[Selector]:
+    """Return the selectors of a rule, parsed where they are text."""
+    several = [value] if isinstance(value, str | Selector) else value
+    return [parse_selector(each) if isinstance(each, str) else each for each in several]
 
 
 def _raise_no_match(subject: str, selector: Selector, tree: Tree) -> None:

@@ -24,7 +24,6 @@ from surgery_core.errors import DriftError, OptionsError, listed
 from surgery_core.operation import Rule
 from surgery_core.plan import PlanDocument, fingerprint
 from surgery_core.recipe import ModelRecipe, RuleRecipe
-from surgery_core.selectors import Selector
 from surgery_core.session import Session
 from surgery_core.slots import Slot, SlotKind
 from surgery_core.snapshots import (
@@ -363,9 +362,8 @@ class OperationContract(ABC):
 
     def test_a_record_of_it_computes_the_same(self) -> None:
         """The rules in a recipe, saved, and done again on an equal model, give equal outputs."""
-        if any(
-            isinstance(s, Selector) for rule in self.rules() for s in (rule.select, rule.exclude)
-        ):
+        selectors = [s for rule in self.rules() for s in (rule.select, rule.exclude)]
+        if not all(selector is None or isinstance(selector, str) for selector in selectors):
             msg = "rules() has selectors that are no text, which recipes cannot hold"
             raise unittest.SkipTest(msg)
         rules = tuple(RuleRecipe(**asdict(rule)) for rule in self.rules())

@@ -133,6 +133,31 @@ def test_a_selector_without_a_target_is_an_error():
     )
 
 
+def test_of_several_selectors_each_must_match():
+    """One that is misspelt is not missed because of the others."""
+    found = session().plan(Net(), [Rule(operation="shift", select=["head", "layers.0.*"])])
+    assert ["layers.0.up", "layers.0.down", "head"] == [e.fqn for e in found.document.edits]
+    for several in (["head", "layer.0.up"], (Exact("head"), Exact("layer.0.up"))):
+        with pytest.raises(NoMatchError) as caught:
+            session().plan(Net(), [Rule(operation="shift", select=several)])
+        assert str(caught.value).startswith(
+            "Rule 0 ('shift'): selector 'layer.0.up' matched none of 16 submodules. Closest FQN: "
+            "'layers.0.up'"
+        )
+    assert (
+        not session()
+        .plan(Net(), [Rule(operation="shift", select=["zzz"], optional=True)])
+        .document.edits
+    )
+
+
+def test_of_several_exclusions_each_must_exclude():
+    found = session().plan(Net(), [Rule(operation="shift", exclude=["layers.**", "head"])]).document
+    assert ["stem"] == [edit.fqn for edit in found.edits]
+    with pytest.raises(NoMatchError, match=r"exclude 'layers\.7\.up' matched none"):
+        session().plan(Net(), [Rule(operation="shift", exclude=["head", "layers.7.up"])])
+
+
 def test_an_exclusion_leaves_modules_out():
     assert fqns(Net(), gate(exclude="layers.**")) == ["stem", "head"]
     assert fqns(Net(), gate("layers.**", exclude=~Exact("layers.2.up"))) == ["layers.2.up"]
