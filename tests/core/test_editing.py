@@ -160,6 +160,20 @@ def test_errors_say_where_in_the_recipe_they_come_from():
     assert ["models.model.rules"] == caught.value.__notes__
 
 
+def test_one_operation_may_have_several_rules():
+    """Each counts, with options of its own."""
+    rules = [
+        {"operation": "gate", "select": "head"},
+        {"operation": "gate", "select": "layers.0.down", "options": {"value": 0.5}},
+    ]
+    model = Net().eval()
+    found = edited(model, rules=rules)
+
+    assert [0, 1] == [edit.rule for edit in found.plan.document.rules.edits]
+    assert 0.0 == model.head.gate.item()
+    assert 0.5 == model.layers[0].down.gate.item()
+
+
 def test_a_recipe_with_several_models_is_planned_by_name():
     whole = Recipe(models={"a": recipe(), "b": recipe(rules=None)})
 

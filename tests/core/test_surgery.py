@@ -1,6 +1,7 @@
 """Applying writes everything or nothing; reverting puts the same objects back."""
 
 import copy
+import pickle
 import weakref
 
 import pytest
@@ -390,3 +391,18 @@ def test_a_plan_tells_whether_it_would_be_the_same_again(change):
     change(model)
 
     assert not plan.sees_same_modules()
+
+
+def test_a_reverted_model_is_copied_pickled_and_loaded_strictly():
+    model = Net().eval()
+    state, expected = model.state_dict(), model(example())
+    surgery = session().plan(model, [Rule(operation="gate")]).apply()
+    applied = surgery.model.state_dict()
+    surgery.model.load_state_dict(applied, strict=True)
+    surgery.revert()
+
+    model.load_state_dict(state, strict=True)
+
+    assert list(state) == list(model.state_dict())
+    assert torch.equal(expected, copy.deepcopy(model)(example()))
+    assert torch.equal(expected, pickle.loads(pickle.dumps(model))(example()))
