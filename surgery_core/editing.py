@@ -44,7 +44,7 @@ class ModelPlan:
     """A model's part of a recipe, planned: nothing has been changed yet.
 
     Made by `Session.plan_recipe`. Adapters may be for the same modules, since one at a time is in the
-    model; rules may not be for modules of adapters.
+    model. Rules may be for modules inside those of adapters, but not for the very same.
 
     Args:
         model: The model planned for.

@@ -250,21 +250,50 @@ def _check_conflicts(claims: Iterable[Claim]) -> None:
         for ancestor in _ancestors(fqn)
         if ancestor in owner and owner[ancestor].site is not claim.site
     ]
-    if clashes:
-        lines = [
-            f"{a.operation.name!r} (rule {a.rule}) claims {a_fqn or '(root)'!r} and "
-            f"{b.operation.name!r} (rule {b.rule}) claims {b_fqn or '(root)'!r}"
-            for a, a_fqn, b, b_fqn in clashes[:MAX_CLASHES]
+    _raise_conflicts(clashes)
+
+
+def check_beneath(first: Iterable[Claim], later: Iterable[Claim]) -> None:
+    """Refuse to claim modules that are replaced before, and modules inside those.
+
+    The other way round is fine: what is applied later may contain what was replaced before.
+
+    Args:
+        first: Applied first, and reverted last.
+        later: Applied when those are, for the model as it is without them.
+
+    Raises:
+        ConflictError: All are named.
+    """
+    owner = {fqn: claim for claim in first for fqn in claim.site.fqns}
+    _raise_conflicts(
+        [
+            (owner[above], above, claim, fqn)
+            for claim in later
+            for fqn in claim.site.fqns
+            for above in (fqn, *_ancestors(fqn))
+            if above in owner
         ]
-        more = len(clashes) - len(lines)
-        msg = (
-            f"Operations conflict: {'; '.join(lines)}{f'; and {more} more' if more else ''}. "
-            "Narrow their selectors so that they are disjoint."
-        )
-        pairs = [
-            ((a.operation.name, a_fqn), (b.operation.name, b_fqn)) for a, a_fqn, b, b_fqn in clashes
-        ]
-        raise ConflictError(msg, claims=pairs)
+    )
+
+
+def _raise_conflicts(clashes: Sequence[tuple[Claim, str, Claim, str]]) -> None:
+    if not clashes:
+        return
+    lines = [
+        f"{a.operation.name!r} (rule {a.rule}) claims {a_fqn or '(root)'!r} and "
+        f"{b.operation.name!r} (rule {b.rule}) claims {b_fqn or '(root)'!r}"
+        for a, a_fqn, b, b_fqn in clashes[:MAX_CLASHES]
+    ]
+    more = len(clashes) - len(lines)
+    msg = (
+        f"Operations conflict: {'; '.join(lines)}{f'; and {more} more' if more else ''}. "
+        "Narrow their selectors so that they are disjoint."
+    )
+    pairs = [
+        ((a.operation.name, a_fqn), (b.operation.name, b_fqn)) for a, a_fqn, b, b_fqn in clashes
+    ]
+    raise ConflictError(msg, claims=pairs)
 
 
 MAX_CLASHES = 5

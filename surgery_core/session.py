@@ -10,6 +10,7 @@ from torch import nn
 from surgery_core.editing import AdapterPlan, EditedModel, ModelPlan
 from surgery_core.errors import ContractError, OptionsError, SurgeryError, listed
 from surgery_core.operation import BoundRule, Rule, Saved
+from surgery_core.plan import check_beneath
 from surgery_core.plugins import Plugins
 from surgery_core.preflight import check_preflight
 from surgery_core.recipe import AdapterRecipe, ModelRecipe, Recipe
@@ -79,7 +80,7 @@ class Session:
 
         Raises:
             SurgeryError: See `plan`; a note on the error says where in the recipe it comes from.
-            ConflictError: An adapter is for modules that a rule changes too.
+            ConflictError: An adapter is for a module that a rule changes too, or for one inside.
             OptionsError: The recipe has several models, or none of that name.
         """
         whole = recipe if isinstance(recipe, Recipe) else Recipe(models={"model": recipe})
@@ -99,9 +100,9 @@ class Session:
                 given = dict(saved.options) if saved is not None else {}
                 own = tuple(self._bound([r.rule(defaults=given) for r in adapter.all_rules]))
                 plan = self._draft(model, own)
-                if bound:
-                    # What a rule and an adapter both want is a conflict.
-                    Plan.draft(model, [*bound, *own])
+                if rules is not None:
+                    # An adapter may contain what a rule changes, but not be part of it.
+                    check_beneath(rules[1].claims, plan.claims)
             adapters[adapter_name] = AdapterPlan(rules=own, plan=plan, saved=saved)
             options = {**given, **adapter.options}
             complete[adapter_name] = adapter.model_copy(update={"options": options})

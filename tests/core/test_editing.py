@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from core.edits import GATE, RECIPE, edited, planned, recipe
-from core.toys import Gate, Gated, Net, Shifted, ToyPlugin, example, session
+from core.toys import Block, Gate, Gated, Net, Shift, Shifted, ToyPlugin, example, session
 from torch import nn
 
 from surgery_core import (
@@ -14,6 +14,7 @@ from surgery_core import (
     ContractError,
     DriftError,
     Effects,
+    OfClass,
     OptionsError,
     Recipe,
     Rule,
@@ -22,9 +23,12 @@ from surgery_core import (
     StateError,
     TensorSpec,
     VariantError,
+    verify,
 )
 from surgery_core.operation import BoundRule
 from surgery_core.testing import InjectedError, assert_unchanged, failing_at, snapshot
+
+GATE_0 = {**GATE, "select": "layers.0.up"}
 
 
 def numbers_of_writes(model):
@@ -147,6 +151,64 @@ def test_a_rule_and_an_adapter_for_one_module_conflict():
         planned(rules=[{"operation": "shift", "select": "layers.1.up"}])
 
     assert ["models.model.adapters.wide"] == caught.value.__notes__
+
+
+class Beside(nn.Module):
+    """A wrapper that has the very children of the original, so that their FQNs stay."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self._modules = (base,), base._modules
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return self.base[0](x) * (1 + self.gate)
+
+
+class Around(Gate):
+    name = "around"
+
+    def targets(self, _tree, _options):
+        return OfClass(Block)
+
+    def describe(self, _site, _options):
+        return Effects(added=(TensorSpec(name="gate", shape=(1,), dtype="float32"),))
+
+    def build(self, site, _options):
+        return Beside(site.module)
+
+
+def test_a_rule_may_work_inside_what_an_adapter_wraps():
+    """The rule is applied first and reverted last, whatever adapters do in between."""
+    model = Net().eval()
+    before, expected = snapshot(model), model(example())
+    part = recipe(
+        rules=[{"operation": "shift", "select": "layers.1.up"}],
+        adapters={"around": {"operation": "around", "expect": 3}, "narrow": GATE_0},
+        active="around",
+    )
+    known = Session(plugins=[ToyPlugin(Around(), Shift(), Gate())], discover=False)
+    found = known.plan_recipe(model, part).apply()
+
+    assert isinstance(model.layers[1], Beside)
+    assert isinstance(model.layers[1].up, Shifted)
+    assert torch.equal(expected, model(example()))
+    with torch.no_grad():
+        model.layers[1].up.shift.add_(1.0)
+    shifted = model(example())
+    assert not torch.equal(expected, shifted)
+    found.set_active("narrow")
+    assert torch.equal(shifted, model(example()))
+    outcome = verify(found, (example(),), tiers=["structure", "revert", "gradients"])
+    assert outcome.is_ok, outcome.render()
+    found.revert()
+    assert_unchanged(before, model, subject="Reverting")
+
+
+def test_an_adapter_inside_what_a_rule_replaces_is_refused():
+    rules = [{"operation": "gate", "select": "layers.0", "options": {"anything": True}}]
+    with pytest.raises(ConflictError, match=r"claims 'layers.0' and 'gate' \(rule 0\) claims"):
+        planned(rules=rules)
 
 
 def test_errors_say_where_in_the_recipe_they_come_from():
@@ -313,7 +375,7 @@ class Nosy(Gate):
     def describe(self, site, options):
         effects = super().describe(site, options)
         self.count = getattr(self, "count", 0) + 1
-        if self.count <= 2:
+        if self.count <= 1:
             return effects
         return Effects(
             added=(*effects.added, TensorSpec(name="more", shape=(1,), dtype="float32")),
