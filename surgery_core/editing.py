@@ -16,7 +16,7 @@ from surgery_core.optimizers import OptimizerGroup
 from surgery_core.recipe import ModelRecipe
 from surgery_core.slots import Slot
 from surgery_core.snapshots import Snapshot, snapshot
-from surgery_core.surgery import Observer, Plan, Surgery
+from surgery_core.surgery import Plan, Surgery
 from surgery_core.swap import SwapState
 from surgery_core.tensors import load_tensors_, owned_tensors
 from surgery_core.transaction import OnWrite, Transaction, passing_places
@@ -51,8 +51,6 @@ class ModelPlan:
         recipe: What was asked for, with the options that sources gave.
         rules: Plan of the rules; None where there are none.
         adapters: Plans of the adapters by name.
-        on_applied: As for `Plan`; told of adapters too, by the plan of each.
-        on_reverted: As for `Plan`.
     """
 
     def __init__(
@@ -61,14 +59,11 @@ class ModelPlan:
         recipe: ModelRecipe,
         rules: tuple[tuple[BoundRule, ...], Plan] | None,
         adapters: Mapping[str, AdapterPlan],
-        *,
-        on_reverted: Observer | None = None,
     ) -> None:
         self.model = model
         self.recipe = recipe
         self.rules = rules
         self.adapters = dict(adapters)
-        self._on_reverted = on_reverted
 
     @property
     def document(self) -> ModelDocument:
