@@ -98,15 +98,32 @@ def verify(
         raise OptionsError(msg)
     found: list[Check] = []
     active, was_enabled = edited.active, edited.swap_state.is_enabled
+    names = edited.plan.document.documents
+    kept = {name: _copies(edited.tensors(name)) for name in names}
     try:
         for tier in tiers:
             found += _TIERS[tier](edited, inputs)
     finally:
+        # Operations may count calls, or keep statistics.
+        for name, tensors in kept.items():
+            _put_back_(edited.tensors(name), tensors)
         if active is not None:
             edited.set_active(active)
             if not was_enabled:
                 edited.swap_state.disable()
     return Verification(checks=tuple(found))
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.detach().clone() for key, tensor in tensors.items()}
+
+
+def _put_back_(tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            # Not written to without need: what others keep of a tensor counts writes.
+            if not tensor.is_meta and not torch.equal(tensor, kept[key]):
+                tensor.copy_(kept[key])
 
 
 def _structure(edited: EditedModel, inputs: Inputs | None) -> Iterator[Check]:

@@ -6,7 +6,7 @@ from core.edits import GATE, edited, planned, recipe
 from core.toys import Fresh, Gate, Gated, Net, Shift, ToyPlugin, example, session
 from torch import nn
 
-from surgery_core import OptionsError, Saved, Session, verify
+from surgery_core import Effects, OptionsError, Saved, Session, TensorSpec, verify
 from surgery_core.testing import assert_unchanged, snapshot
 from surgery_core.verify import ALL_TIERS, Check, Verification
 
@@ -42,6 +42,43 @@ def test_compiled_code_computes_the_same():
     assert [("compile", "one", "ok")] == [
         (check.tier, check.subject, check.status) for check in outcome.checks
     ], outcome.render()
+
+
+class Counted(Gated):
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+class Count(Gate):
+    name = "count"
+
+    def describe(self, site, options):
+        found = super().describe(site, options)
+        calls = TensorSpec(name="calls", shape=(1,), dtype="float32", trainable=False)
+        return Effects(added=(*found.added, calls), removed=found.removed)
+
+    def build(self, site, _options):
+        return Counted(site.module)
+
+
+def test_what_an_operation_counts_is_as_it_was():
+    known = Session(plugins=[ToyPlugin(Count())], discover=False)
+    part = recipe(
+        rules=[{"operation": "count", "select": "stem"}],
+        adapters={"one": {"operation": "count", "select": "head"}},
+        active=None,
+    )
+    found = known.plan_recipe(Net().eval(), part).apply()
+    found.model(example())
+
+    assert verify(found, INPUTS).is_ok
+    assert 1.0 == found.tensors("rules")["stem.calls"].item()
+    assert 1.0 == found.tensors("one")["head.calls"].item()
 
 
 def test_a_disabled_model_is_left_disabled():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import surgery_adaption_prompt
+import surgery_scale_shift
 
 import surgery_core
 from surgery_core.testing import OperationContract
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = [
     name
-    for package in (surgery_core, surgery_adaption_prompt)
+    for package in (surgery_core, surgery_adaption_prompt, surgery_scale_shift)
     for _, name, _ in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
 ]
 

@@ -1,0 +1,1 @@
+"""Running statistics of what modules give, as a plugin of surgery-core."""

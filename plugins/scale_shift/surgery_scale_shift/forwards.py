@@ -1,0 +1,57 @@
+"""Whose forward runs when a module is called: its class's, accelerate's around that, or another."""
+
+from functools import partial, update_wrapper
+from types import MethodType
+
+from torch import nn
+
+from surgery_core import ContractError, Site, execution_device
+
+
+def check_forward(site: Site, operation: str) -> None:
+    """Refuse a module whose replacement would not be called as it is, or has no weights that stay.
+
+    Raises:
+        ContractError: Its forward is patched, or accelerate loads its weights with each call.
+    """
+    module = site.module
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if any(tensor.is_meta for tensor in tensors) and execution_device(module) is not None:
+        expected, actual = "weights that stay", "some that accelerate loads with each call"
+        fix = "Give the module a device in the device map"
+    elif "forward" in vars(module) and not is_dispatched(module):
+        expected, actual = "its class's own forward", "a patched one"
+        fix = "Remove what patched it, which would be called in place of the replacement's"
+    else:
+        return
+    msg = (
+        f"Operation {operation!r} cannot work at {site.fqn!r}: expected {expected}, got {actual}. "
+        f"{fix}."
+    )
+    raise ContractError(msg, fqn=site.fqn, expected=expected, actual=actual)
+
+
+def is_dispatched(module: nn.Module) -> bool:
+    """Tell whether a module has a forward of accelerate's that moves its arguments, and no more."""
+    state = vars(module)
+    forward, hook = state.get("forward"), state.get("_hf_hook")
+    return (
+        isinstance(forward, partial)
+        and forward.args == (module,)
+        and getattr(state.get("_old_forward"), "__func__", None) is type(module).forward
+        # Several hooks may be chained in one.
+        and all(
+            type(each).__name__ == "AlignDevicesHook" and not getattr(each, "offload", True)
+            for each in getattr(hook, "hooks", (hook,))
+        )
+    )
+
+
+def dispatch_again(new: nn.Module) -> None:
+    """Make the forward of accelerate's that `new` has from the module it stands for its own."""
+    state = vars(new)
+    if "forward" in state:
+        state["_old_forward"] = MethodType(type(new).forward, new)
+        state["forward"] = update_wrapper(
+            partial(state["forward"].func, new), state["_old_forward"]
+        )

@@ -1,0 +1,144 @@
+"""The rule that gives linear layers a learned scale and bias, as an operation of the core."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
+
+from surgery_core import (
+    Composed,
+    ContractError,
+    Effects,
+    NoMatchError,
+    Operation,
+    Saved,
+    Selector,
+    Site,
+    TensorSpec,
+    Tree,
+    WeightedVariant,
+    Where,
+)
+from surgery_scale_shift import litgpt
+from surgery_scale_shift.composition import compose
+from surgery_scale_shift.forwards import check_forward
+from surgery_scale_shift.linear import BIAS, SCALE, ScaledLinear, added_shapes, scale_linear
+from surgery_scale_shift.options import ScaleShiftOptions, parameter_dtype, scale_shift_schema
+
+NAME = "scale_shift"
+
+
+class ScaleShiftOperation(Operation[ScaleShiftOptions]):
+    """Give linear layers a learned scale and bias; options as `ScaleShiftOptions`.
+
+    Every `nn.Linear` that the rule selects, also one of a subclass, whose own forward is run. One
+    that is not called, since its owner reads its weight instead, is refused.
+    """
+
+    name = NAME
+    summary = "LLaMA-Adapter V2: a learned scale and bias for each feature of linear layers."
+
+    def parse_options(self, options: Mapping[str, Any]) -> ScaleShiftOptions:
+        """Validate the options.
+
+        Raises:
+            OptionsError: An option is unknown or has no such value.
+        """
+        return ScaleShiftOptions.parse(NAME, options)
+
+    def targets(self, tree: Tree, options: ScaleShiftOptions) -> Selector:  # noqa: ARG002 (any options)
+        """Choose every linear layer.
+
+        Raises:
+            NoMatchError: There is none.
+        """
+        if not any(isinstance(module, nn.Linear) for module in tree.values()):
+            msg = (
+                f"Operation {NAME!r} found no linear layer among {len(tree)} submodules: expected "
+                "modules of torch.nn.Linear or a subclass. Widen the selector."
+            )
+            raise NoMatchError(msg, selector=NAME, candidates=())
+        return Where(lambda _, module: isinstance(module, nn.Linear), "linear layers")
+
+    def describe(self, site: Site, options: ScaleShiftOptions) -> Effects:
+        """Return the two tensors that are added.
+
+        Raises:
+            ContractError: The layer has a scale already, or has no shape yet, or is not called, or
+                its forward is patched, or accelerate loads its weights with each call.
+        """
+        for expected, actual, fix in _problems(site):
+            msg = (
+                f"Operation {NAME!r} cannot work at {site.fqn!r}: expected {expected}, got {actual}. "
+                f"{fix}."
+            )
+            raise ContractError(msg, fqn=site.fqn, expected=expected, actual=actual)
+        check_forward(site, NAME)
+        dtype = str(parameter_dtype(site.module, options.dtype)).removeprefix("torch.")
+        # The targets are linear layers.
+        shapes = added_shapes(site.module, options.form)  # type: ignore[arg-type]
+        return Effects(
+            added=tuple(
+                TensorSpec(name=name, shape=shape, dtype=dtype, trainable=options.is_trainable)
+                for name, shape in shapes.items()
+            )
+        )
+
+    def build(self, site: Site, options: ScaleShiftOptions) -> ScaledLinear:
+        """Return the layer of the site with a new scale and bias."""
+        return scale_linear(site.module, options)  # type: ignore[arg-type]  # see describe
+
+    def options_schema(self) -> Mapping[str, Any]:
+        """Return the JSON Schema of the options."""
+        return scale_shift_schema()
+
+    def compose(self, variants: Sequence[WeightedVariant]) -> Composed:
+        """Return the weighted sum of what they change; see `surgery_scale_shift.composition`.
+
+        Raises:
+            OptionsError: A weight is not finite.
+            ContractError: Variants of both forms are at one layer.
+        """
+        return compose(variants)
+
+    def read_saved(self, source: str, model: nn.Module, options: Mapping[str, Any]) -> Saved | None:
+        """Read the scales and biases in litgpt's `lit_model.pth.adapter_v2`.
+
+        For a model with litgpt's own names: see `surgery_scale_shift.litgpt.check_names`. The
+        prompts and norms in the file are for other rules.
+
+        Raises:
+            SurgeryError: The file is damaged, or something else.
+            StateError: It is for a model with other names.
+        """
+        if not Path(source).is_file():
+            return None
+        scales = litgpt.read_adapter(source).scales
+        litgpt.check_names(source, scales, model)
+        return Saved(options={"form": "litgpt", **options}, state=scales)
+
+
+def _problems(site: Site) -> Iterator[tuple[str, str, str]]:
+    """Yield why a layer cannot be scaled: what was expected, what there is, what to do."""
+    module = site.module
+    if any(hasattr(module, name) for name in (SCALE, BIAS)):
+        yield (
+            f"a layer without {SCALE!r} and {BIAS!r}",
+            "one that has them",
+            "Revert what was applied before, or exclude the layer",
+        )
+    if any(is_lazy(parameter) for parameter in module.parameters()):
+        yield "a layer with shapes", "a lazy one", "Run the model once before planning"
+    # Both read the weights of these layers, and call none of them; the second in its fast path.
+    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    owner = next((s.container for s in site.slots if isinstance(s.container, readers)), None)
+    if owner is not None or isinstance(module, NonDynamicallyQuantizableLinear):
+        reader = "MultiheadAttention" if owner is None else type(owner).__name__
+        yield (
+            "a layer that is called",
+            f"one whose weight {reader} reads",
+            "Exclude it: what was added would be passed over",
+        )
