@@ -1,30 +1,35 @@
 """The command line: plan, apply, verify and show what recipes and records say of models."""
 
 import sys
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from surgery_core.cli_inputs import (
     Target,
+    absolute,
+    aligned,
     is_recipe,
     load_model,
     options_of,
     read_target,
+    record_folders,
 )
 from surgery_core.cli_output import errors_reported, print_json, print_shown, print_table, progress
 from surgery_core.compare import differences
 from surgery_core.editing import EditedModel, ModelPlan
-from surgery_core.errors import OptionsError, RecordError
+from surgery_core.errors import OptionsError, RecordError, listed
+from surgery_core.model_document import ModelDocument
 from surgery_core.operation import Rule
-from surgery_core.recipe import AdapterRecipe, ModelRecipe, recipe_schema
+from surgery_core.recipe import parse_recipe
+from surgery_core.recipe_schema import recipe_schema
 from surgery_core.record import RECORD_FILE, read_record, show_record
 from surgery_core.session import Session
 from surgery_core.shown import Shown
+from surgery_core.slots import Slot
 from surgery_core.verify import ALL_TIERS, DEFAULT_TIERS, Tier, Verification
 from surgery_core.verify import verify as verify_model
 
@@ -33,6 +38,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
 )
+
+VERIFIED_COLUMNS = ("model", "check", "of", "outcome", "detail")
 
 EXIT_CHANGES = 2
 """Exit status of `surgery plan` and `surgery diff` when there is something to change."""
@@ -75,16 +82,17 @@ def plugins(*, as_json: Json = False) -> None:
     if as_json:
         print_json([asdict(info) for info in found.infos])
         return
-    table = Table("plugin", "distribution", "operations", "hooks", "state")
-    for info in found.infos:
-        table.add_row(
-            info.name,
-            info.distribution or "-",
-            ", ".join(info.operations) or "-",
-            ", ".join(info.hooks) or "-",
-            info.error or "ok",
+    if not found.infos:
+        typer.echo("No plugins are installed.")
+        return
+    rows = [
+        (
+            *(info.name, info.distribution or "-", ", ".join(info.operations) or "-"),
+            *(", ".join(info.hooks) or "-", info.error or "ok"),
         )
-    Console().print(table if found.infos else "No plugins are installed.")
+        for info in found.infos
+    ]
+    print_table("Plugins", ("plugin", "distribution", "operations", "hooks", "state"), rows)
 
 
 @app.command()
@@ -112,6 +120,9 @@ def plan(
     with errors_reported():
         session = Session()
         if operation is not None:
+            if var or model:
+                msg = "Neither --var nor --model has a meaning with --operation. Leave them out."
+                raise OptionsError(msg)
             rule = Rule(operation=operation, select=select, options=options_of(option or []))
             document = session.plan(load_model(session, source, weights=False), [rule]).document
             typer.echo(document.to_json() if as_json else document.render())
@@ -123,11 +134,10 @@ def plan(
             msg = f"Source {source!r} is no recipe: expected one, or --operation. Pass either."
             raise OptionsError(msg)
         target = read_target(source, variables=var or [], models=model or [])
-        plans = {}
-        for name in target.recipe.models:
-            with progress(f"Planning {name}"):
-                plans[name] = _plan(session, target, name, weights=False)
-    documents = {name: found.document for name, found in plans.items()}
+        documents = {
+            name: _plan(session, target, name, weights=False).document
+            for name in target.recipe.models
+        }
     if as_json:
         print_json({"models": {name: found.to_mapping() for name, found in documents.items()}})
     else:
@@ -144,43 +154,22 @@ def apply(
     model: Models = None,
     *,
     check: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Verify before anything is saved.")
+        bool, typer.Option("--verify/--no-verify", help="Verify a model before it is saved.")
     ] = True,
     as_json: Json = False,
 ) -> None:
     """Apply a recipe, verify it, and keep a record for each model. Exit status: 0, or 1."""
-    rows, data, failed = [], {}, False
-    with errors_reported():
-        session = Session()
-        target = read_target(recipe, variables=var or [], models=model or [])
-        for name in target.recipe.models:
-            edited = _apply(name, _plan(session, target, name, weights=True))
-            outcome = _verified(session, edited, DEFAULT_TIERS) if check else None
-            document = edited.plan.document
-            failed = failed or (outcome is not None and not outcome.is_ok)
-            if outcome is None or outcome.is_ok:
-                with progress(f"Saving {name}"):
-                    session.save(edited, out / name)
-            parameters = sum(p.numel() for p in edited.added_parameters())
-            status = "not verified" if outcome is None else "ok" if outcome.is_ok else "failed"
-            place = str(out / name) if status != "failed" else "-"
-            rows.append(
-                (
-                    *(name, ", ".join(edited.adapters) or "-", str(document.num_edits)),
-                    *(f"{parameters:,}", status, place),
-                )
-            )
-            data[name] = {
-                "record": place,
-                "plan": document.to_mapping(),
-                "verification": None if outcome is None else outcome.to_mapping(),
-            }
-    if as_json:
-        print_json({"models": data})
-    else:
-        columns = ("model", "adapters", "modules", "trainable", "verified", "record")
-        print_table(f"Applied {recipe!r}", columns, rows)
-    raise typer.Exit(1 if failed else 0)
+    done: dict[str, _Applied] = {}
+    try:
+        with errors_reported():
+            session = Session()
+            target = read_target(recipe, variables=var or [], models=model or [])
+            for name in target.recipe.models:
+                done[name] = _applied(session, target, name, out / name, check=check)
+    finally:
+        # An error with one model does not take back the records of those before it.
+        _print_applied(recipe, done, as_json=as_json)
+    raise typer.Exit(1 if any(found.folder is None for found in done.values()) else 0)
 
 
 @app.command()
@@ -199,17 +188,20 @@ def verify(
     tiers: Any = tuple(tier or DEFAULT_TIERS)
     outcomes: dict[str, Verification] = {}
     with errors_reported():
+        # Before a model is loaded for nothing.
+        unknown = sorted(set(tiers) - set(ALL_TIERS))
+        if unknown:
+            msg = f"Tiers {listed(unknown)} are unknown: expected some of {listed(ALL_TIERS, most=6)}."
+            raise OptionsError(msg)
         session = Session()
         target = read_target(source, variables=var or [], models=model or [])
         for name in target.recipe.models:
-            edited = _edited(session, target, name)
-            outcomes[name] = _verified(session, edited, tiers)
-            edited.revert()
+            outcomes[name] = _verified(session, _edited(session, target, name), tiers)
     if as_json:
         print_json({"models": {name: found.to_mapping() for name, found in outcomes.items()}})
     else:
         rows = [(name, *row) for name, found in outcomes.items() for row in found.rows()]
-        print_table(f"Verified {source!r}", ("model", "check", "of", "outcome", "detail"), rows)
+        print_table(f"Verified {source!r}", VERIFIED_COLUMNS, rows)
     raise typer.Exit(0 if all(found.is_ok for found in outcomes.values()) else 1)
 
 
@@ -223,21 +215,20 @@ def show(
 ) -> None:
     """Show what is saved, without a model. Exit status: 0, or 1 on an error."""
     with errors_reported():
-        shown: object
+        folders = record_folders(source)
         if (Path(source) / RECORD_FILE).is_file():
-            shown = show_record(read_record(source))
+            found = [show_record(read_record(source))]
+        elif folders:
+            found = [show_record(read_record(folder)) for folder in folders.values()]
         else:
-            shown = Session().plugins.show(source)
-        if not isinstance(shown, Shown):
-            msg = (
-                f"Source {source!r} cannot be shown: expected something that an installed plugin "
-                f"saved, got {shown!r} from the plugins. See `surgery plugins`."
-            )
-            raise OptionsError(msg)
-    if as_json:
-        print_json(shown.data)
+            found = [_shown_by_plugin(source)]
+    if not as_json:
+        for shown in found:
+            print_shown(shown)
+    elif folders:
+        print_json({"models": dict(zip(folders, (shown.data for shown in found), strict=True))})
     else:
-        print_shown(shown)
+        print_json(found[0].data)
 
 
 @app.command()
@@ -251,6 +242,7 @@ def diff(
     """Show how two recipes or records differ. Exit status: 0 not at all, 2 they do, 1 error."""
     with errors_reported():
         old, new = read_target(before, variables=var or []), read_target(after, variables=var or [])
+        old, new = aligned(old, new), aligned(new, old)
         found = differences(old.recipe, new.recipe, old.records, new.records)
     if as_json:
         print_json([asdict(item) for item in found])
@@ -281,14 +273,15 @@ def import_(
     """Make a record of an adapter that something else saved. Exit status: 0, or 1 on an error."""
     with errors_reported():
         session = Session()
-        adapter = AdapterRecipe(
-            operation=operation,
-            options=options_of(option or []),
-            source=str(Path(source).resolve()),
-        )
-        recipe = ModelRecipe(source=model, adapters={name: adapter})
+        adapter = {
+            "operation": operation,
+            "options": options_of(option or []),
+            "source": absolute(source),
+        }
+        part = {"source": absolute(model), "adapters": {name: adapter}}
+        recipe = parse_recipe({"models": {"model": part}})
         with progress("Loading the model"):
-            loaded = load_model(session, model, weights=True)
+            loaded = load_model(session, absolute(model), weights=True)
         edited = session.plan_recipe(loaded, recipe).apply()
         session.save(edited, out)
     typer.echo(f"Adapter {name!r} is recorded in {str(out)!r}.")
@@ -311,11 +304,15 @@ def export(
             msg = f"Source {record!r} is no record: expected a folder with {RECORD_FILE!r}."
             raise RecordError(msg)
         (name,) = target.records
-        edited = _edited(session, target, name)
-        if adapter is None and len(edited.adapters) != 1:
-            msg = f"Record has the adapters {list(edited.adapters)}: name one with --adapter."
+        adapters = list(target.recipe.models[name].adapters)
+        if (adapter not in adapters) if adapter is not None else len(adapters) != 1:
+            msg = (
+                f"Record {record!r} has the adapters {listed(adapters)}: expected the name of one, "
+                f"got {adapter!r}. Pass --adapter."
+            )
             raise OptionsError(msg)
-        chosen = adapter or edited.adapters[0]
+        chosen = adapters[0] if adapter is None else adapter
+        edited = _edited(session, target, name)
         session.export(edited, chosen, out)
     typer.echo(f"Adapter {chosen!r} is written to {str(out)!r}.")
 
@@ -326,6 +323,8 @@ _UsageError: Any = typer.BadParameter.__base__
 
 def run() -> None:
     """Run the command line; wrong usage exits with 1, since 2 means that there are changes."""
+    # Last, so that nothing there hides what is installed.
+    sys.path.append(str(Path.cwd()))
     try:
         status = app(standalone_mode=False)
     except _UsageError as err:
@@ -334,15 +333,45 @@ def run() -> None:
     sys.exit(status)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Applied:
+    """What `surgery apply` tells of one model, without holding on to it."""
+
+    folder: Path | None
+    document: ModelDocument
+    trainable: int
+    outcome: Verification | None
+
+    def to_mapping(self) -> dict[str, Any]:
+        return {
+            "record": None if self.folder is None else str(self.folder),
+            "trainable": self.trainable,
+            "plan": self.document.to_mapping(),
+            "verification": None if self.outcome is None else self.outcome.to_mapping(),
+        }
+
+
 def _plan(session: Session, target: Target, name: str, *, weights: bool) -> ModelPlan:
     with progress(f"Loading {name}"):
         model = load_model(session, target.source(name), weights=weights)
-    return session.plan_recipe(model, target.recipe, name)
+    with progress(f"Planning {name}"):
+        return session.plan_recipe(model, target.recipe, name)
 
 
 def _apply(name: str, planned: ModelPlan) -> EditedModel:
-    with progress(f"Applying {name}", total=planned.document.num_edits) as advance:
-        return planned.apply(on_write=advance)
+    document = planned.document
+    active = [document.active] if isinstance(document.active, str) else document.active or ()
+    edits = list(document.rules.edits) if document.rules is not None else []
+    # Adapters that are active together share their places.
+    edits += {edit.fqn: edit for each in active for edit in document.adapters[each].edits}.values()
+    total = sum(1 + len(edit.aliases) for edit in edits)
+    with progress(f"Applying {name}", total=total) as advance:
+
+        def on_write(_: int, target: object) -> None:
+            if isinstance(target, Slot):
+                advance()
+
+        return planned.apply(on_write=on_write)
 
 
 def _edited(session: Session, target: Target, name: str) -> EditedModel:
@@ -356,3 +385,57 @@ def _edited(session: Session, target: Target, name: str) -> EditedModel:
 def _verified(session: Session, edited: EditedModel, tiers: tuple[Tier, ...]) -> Verification:
     with progress("Verifying"):
         return verify_model(edited, session.plugins.probe_inputs(edited.model), tiers=tiers)
+
+
+def _applied(session: Session, target: Target, name: str, folder: Path, *, check: bool) -> _Applied:
+    """Apply a model's part of a recipe, and save it unless it fails to be verified."""
+    edited = _apply(name, _plan(session, target, name, weights=True))
+    outcome = _verified(session, edited, DEFAULT_TIERS) if check else None
+    is_saved = outcome is None or outcome.is_ok
+    if is_saved:
+        with progress(f"Saving {name}"):
+            session.save(edited, folder)
+    return _Applied(
+        folder=folder if is_saved else None,
+        document=edited.plan.document,
+        trainable=sum(parameter.numel() for parameter in edited.added_parameters()),
+        outcome=outcome,
+    )
+
+
+def _print_applied(recipe: str, done: Mapping[str, _Applied], *, as_json: bool) -> None:
+    if not done:
+        return
+    if as_json:
+        print_json({"models": {name: found.to_mapping() for name, found in done.items()}})
+        return
+    columns = ("model", "adapters", "modules", "trainable", "verified", "record")
+    rows = [
+        (
+            *(name, ", ".join(found.document.adapters) or "-", str(found.document.num_edits)),
+            f"{found.trainable:,}",
+            "no" if found.outcome is None else "ok" if found.outcome.is_ok else "failed",
+            str(found.folder or "-"),
+        )
+        for name, found in done.items()
+    ]
+    print_table(f"Applied {recipe!r}", columns, rows)
+    failures = [
+        (name, *row)
+        for name, found in done.items()
+        if found.outcome is not None and not found.outcome.is_ok
+        for row in found.outcome.rows()
+    ]
+    if failures:
+        print_table("Not recorded", VERIFIED_COLUMNS, failures)
+
+
+def _shown_by_plugin(source: str) -> Shown:
+    shown: object = Session().plugins.show(source)
+    if not isinstance(shown, Shown):
+        msg = (
+            f"Source {source!r} cannot be shown: expected something that an installed plugin "
+            f"saved, got {shown!r} from the plugins. See `surgery plugins`."
+        )
+        raise OptionsError(msg)
+    return shown

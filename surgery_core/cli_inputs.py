@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from surgery_core.documents import SUFFIXES
-from surgery_core.errors import OptionsError
+from surgery_core.documents import SUFFIXES, is_document
+from surgery_core.errors import OptionsError, listed
 from surgery_core.recipe import ModelRecipe, Recipe, load_recipe
 from surgery_core.record import RECORD_FILE, Record, read_record
 from surgery_core.session import Session
@@ -40,13 +40,21 @@ class Target:
                 f"Model {name!r} has no source: expected one in the recipe, or --model "
                 f"{name}=source. Add it."
             )
-            raise OptionsError(msg)
+            err = OptionsError(msg)
+            err.add_note(self.recipe.where("models", name))
+            raise err
         return self.recipe.resolved(source)
 
 
 def is_recipe(source: str) -> bool:
     """Tell whether a source is a recipe's file, by its suffix."""
-    return Path(source).suffix in SUFFIXES
+    return is_document(Path(source))
+
+
+def record_folders(source: str) -> dict[str, Path]:
+    """Return the folders with a record in a folder, by their names, sorted."""
+    paths = sorted(Path(source).glob("*/" + RECORD_FILE))
+    return {path.parent.name: path.parent for path in paths if path.parent.name[0] != "."}
 
 
 def read_target(
@@ -62,33 +70,76 @@ def read_target(
     Raises:
         SurgeryError: It is none of these, or damaged.
     """
-    records: dict[str, Record] = {}
     if is_recipe(source):
         recipe = load_recipe(source, variables=pairs(variables, "Variable"))
-    else:
-        folders = [
-            path for path in sorted(Path(source).glob("*")) if (path / RECORD_FILE).is_file()
-        ]
-        if (Path(source) / RECORD_FILE).is_file() or not folders:
-            records["model"] = read_record(source)
-        else:
-            records = {path.name: read_record(path) for path in folders}
-        recipe = Recipe(models={name: record.recipe for name, record in records.items()})
+        return Target(recipe=with_sources(recipe, models), records={})
+    if Path(source).is_file():
+        msg = (
+            f"Source {source!r} is neither a recipe nor a record: expected a folder, or a file with "
+            f"a suffix of {listed(SUFFIXES)}."
+        )
+        raise OptionsError(msg)
+    if variables:
+        msg = f"Variables are for recipes: expected none for the record {source!r}. Leave them out."
+        raise OptionsError(msg)
+    folders = record_folders(source)
+    if (Path(source) / RECORD_FILE).is_file() or not folders:
+        folders = {ONLY_MODEL: Path(source)}
+    records = {name: read_record(folder) for name, folder in folders.items()}
+    recipe = Recipe(models={name: record.recipe for name, record in records.items()})
     return Target(recipe=with_sources(recipe, models), records=records)
 
 
+ONLY_MODEL = "model"
+"""Name of a record's model, which has none of its own."""
+
+
+def aligned(target: Target, other: Target) -> Target:
+    """Return a target whose models have the names and sources that they have in a record.
+
+    Args:
+        target: What is compared.
+        other: With what; another kind, or `target` is returned as it is.
+    """
+    models = dict(target.recipe.models)
+    if target.records and not other.records:
+        # Only what is in a recipe has a name.
+        names = list(other.recipe.models)
+        if list(models) != [ONLY_MODEL] or len(names) != 1:
+            return target
+        records = {names[0]: target.records[ONLY_MODEL]}
+        recipe = Recipe(models={names[0]: models[ONLY_MODEL]})
+        return Target(recipe=recipe, records=records)
+    if other.records and not target.records:
+        for name, part in models.items():
+            if part.source is not None:
+                update = {"source": target.recipe.resolved(part.source)}
+                models[name] = part.model_copy(update=update)
+        return Target(recipe=Recipe(models=models), records={})
+    return target
+
+
 def with_sources(recipe: Recipe, models: Sequence[str]) -> Recipe:
-    """Return a recipe whose models have the sources given."""
+    """Return a recipe whose models have the sources given, as seen from the working directory."""
     parts: dict[str, ModelRecipe] = dict(recipe.models)
     for text in models:
         name, sign, source = text.partition("=")
         if not sign and len(parts) == 1:
             name, source = next(iter(parts)), text
         if name not in parts or not source:
-            msg = f"Model {text!r} is malformed: expected name=source, names being {sorted(parts)}."
+            msg = (
+                f"Model {text!r} is malformed: expected name=source, the name being one of "
+                f"{listed(parts)}."
+            )
             raise OptionsError(msg)
-        parts[name] = parts[name].model_copy(update={"source": source})
+        parts[name] = parts[name].model_copy(update={"source": absolute(source)})
     return recipe.model_copy(update={"models": parts})
+
+
+def absolute(source: str) -> str:
+    """Return a source as it is, or as an absolute path if it is one from the working directory."""
+    path = Path(source)
+    return str(path.resolve()) if source.startswith(".") or path.exists() else source
 
 
 def load_model(session: Session, source: str, *, weights: bool) -> nn.Module:
@@ -129,7 +180,7 @@ def options_of(texts: Sequence[str]) -> dict[str, Any]:
     for key, value in pairs(texts, "Option").items():
         try:
             options[key] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             options[key] = value
     return options
 

@@ -1,35 +1,58 @@
 """How the command line prints: tables, JSON, progress, and errors with where they come from."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from surgery_core.errors import SurgeryError
+from surgery_core.errors import RecipeError, SurgeryError, SurgeryWarning
 from surgery_core.shown import Shown
 
 UNFOLDED = 10_000
 """Columns a pipe or a file is given, so that no line of a table is folded there."""
 
-Advance = Callable[..., None]
-"""Called when a step of a job is done; its arguments do not matter."""
+Advance = Callable[[], None]
+"""Called when a step of a job is done."""
 
 
 @contextmanager
 def errors_reported() -> Iterator[None]:
-    """Print an error of this package as such, with its notes, and exit with 1."""
-    try:
-        yield
-    except SurgeryError as err:
-        typer.echo(f"error: {err}", err=True)
-        for note in getattr(err, "__notes__", ()):
-            typer.echo(f"  in {note}", err=True)
-        raise typer.Exit(1) from None
+    """Print an error of this package as such, with its notes, and exit with 1; and its warnings.
+
+    So are errors of files that cannot be read or written.
+    """
+    with warnings.catch_warnings():
+        before = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, SurgeryWarning):
+                typer.echo(f"warning: {message}", err=True)
+            else:
+                before(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        try:
+            yield
+        except (SurgeryError, OSError) as err:
+            problems = err.problems if isinstance(err, RecipeError) else [str(err)]
+            for problem in problems:
+                typer.echo(f"error: {problem}", err=True)
+            for note in getattr(err, "__notes__", ()):
+                typer.echo(f"  in {note}", err=True)
+            raise typer.Exit(1) from None
 
 
 @contextmanager
@@ -55,7 +78,7 @@ def progress(what: str, total: int | None = None) -> Iterator[Advance]:
     )
     with bar:
         task = bar.add_task(what, total=total)
-        yield lambda *_: bar.advance(task)
+        yield lambda: bar.advance(task)
 
 
 def print_json(data: Any) -> None:  # noqa: ANN401 (plain data)

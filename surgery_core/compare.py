@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from surgery_core.documents import describe_place
 from surgery_core.recipe import Recipe
 from surgery_core.record import Record
@@ -54,8 +56,10 @@ def differences(
     """
     old, new = _flat(before), _flat(after)
     found = [_difference(describe_place(p), old, new, p) for p in {**old, **new}]
-    for name in (records or {}).keys() & (later_records or {}).keys():
-        found += _tensors(name, (records or {})[name], (later_records or {})[name])
+    later = later_records or {}
+    for name, record in (records or {}).items():
+        if name in later:
+            found += _tensors(name, record, later[name])
     return [item for item in found if item is not None]
 
 
@@ -72,7 +76,13 @@ def _flat(recipe: Recipe) -> dict[tuple[str | int, ...], str]:
         else:
             yield place, repr(value)
 
-    return dict(walk(recipe.model_dump(mode="json", exclude_defaults=True), ()))
+    # A single adapter is active, whether that is said or not.
+    parts = {
+        name: part.model_copy(update={"active": part.selected})
+        for name, part in recipe.models.items()
+    }
+    whole = recipe.model_copy(update={"models": parts})
+    return dict(walk(whole.model_dump(mode="json", exclude_defaults=True), ()))
 
 
 def _difference(
@@ -92,10 +102,11 @@ def _tensors(name: str, before: Record, after: Record) -> Iterator[Difference | 
         yield _difference(what, old, new, key)
         if key in old and key in new and old[key] == new[key]:
             first, second = before.state[key[0]][key[1]], after.state[key[0]][key[1]]
-            most = float((first.double() - second.double()).abs().max()) if first.numel() else 0.0
-            if most:
-                norm = [f"norm {float(tensor.double().norm()):.4g}" for tensor in (first, second)]
-                yield Difference(sign="~", place=what, before=norm[0], after=norm[1])
+            if not torch.equal(first, second):
+                norms = [f"norm {float(tensor.double().norm()):.4g}" for tensor in (first, second)]
+                most = float((first.double() - second.double()).abs().max())
+                then = f"{norms[1]}, differs by at most {most:.1e}"
+                yield Difference(sign="~", place=what, before=norms[0], after=then)
 
 
 def _described(record: Record) -> dict[tuple[str, str], str]:

@@ -63,7 +63,7 @@ class ModelDocument:
         return {
             "rules": None if self.rules is None else asdict(self.rules),
             "adapters": {name: asdict(found) for name, found in self.adapters.items()},
-            "active": self.active if isinstance(self.active, str) else dict(self.active or {}),
+            "active": dict(self.active) if isinstance(self.active, Mapping) else self.active,
         }
 
 
@@ -84,6 +84,9 @@ def _lines(document: PlanDocument) -> Iterator[tuple[str, str, str, str]]:
             numbers = [list(map(int, _NUMBER.findall(fqn))) for fqn in fqns]
             where = f"{_ranged(pattern, numbers)} ({len(fqns)})"
         yield operation, where, module.rpartition(".")[2], added
+    if not groups:
+        # What is optional may do nothing, which is to be seen.
+        yield "-", "none", "-", "-"
 
 
 def _ranged(pattern: str, numbers: Sequence[Sequence[int]]) -> str:

@@ -99,7 +99,10 @@ class Operation(ABC, Generic[OptionsT]):
         """
 
     def options_schema(self) -> Mapping[str, Any]:
-        """Return the JSON Schema of the options, for `surgery schema`; any object if not overridden."""
+        """Return the JSON Schema of the options, for `surgery schema`; any object if not overridden.
+
+        It stands inside another schema, so it must not refer to definitions of its own.
+        """
         return {"type": "object"}
 
     def compose(self, variants: Sequence["WeightedVariant"]) -> "Composed":

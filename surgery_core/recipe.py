@@ -1,28 +1,117 @@
 """The config file: several models, each with rules, several adapters, and which of them is active."""
 
-import difflib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from surgery_core.documents import Document, Place, describe_place, merged, read_document
+from surgery_core.documents import Document, Place, describe_place, write_yaml
 from surgery_core.errors import RecipeError, listed
 from surgery_core.operation import Rule
+from surgery_core.recipe_document import did_you_mean, escaped, read_recipe_document
+from surgery_core.selectors import parse_selector
 
 VERSION = 1
 """Of the format of recipes."""
 
-_VARIABLE = re.compile(r"\$\$|\$\{([^{}]*)\}")
-_ENVIRONMENT = "env:"
+_NO_NAME = set("/\\:")
+"""Separate folders, and names from keys in records."""
+
+
+def _checked_name(name: str) -> str:
+    if not name or name.startswith(".") or set(name) & _NO_NAME or not name.isprintable():
+        msg = (
+            "expected a name that a folder can have: not empty, without '/', '\\', ':', control "
+            "characters and a dot at its beginning"
+        )
+        raise ValueError(msg)
+    return name
+
+
+def _checked_adapter_name(name: str) -> str:
+    if name == "rules":
+        msg = "expected another name: this one stands for the model's rules"
+        raise ValueError(msg)
+    return _checked_name(name)
+
+
+def _checked_selectors(value: object) -> str | tuple[str, ...]:
+    if isinstance(value, str):
+        return _checked_selector(value)
+    texts = (
+        [text for text in value if isinstance(text, str)] if isinstance(value, list | tuple) else []
+    )
+    if not isinstance(value, list | tuple) or not texts or len(texts) < len(value):
+        msg = f"expected a selector or several, as text, got {value!r:.80}"
+        raise ValueError(msg)
+    return tuple(map(_checked_selector, texts))
+
+
+def _checked_selector(text: str) -> str:
+    kind, _, rest = text.partition(":")
+    if kind == "class":
+        # Whether there is such a class shows when it is imported, not before.
+        module, _, name = rest.partition(":")
+        if not (module and name):
+            msg = f"Selector {text!r} is malformed. Write 'class:package.module:ClassName'."
+            raise ValueError(msg)
+        return text
+    try:
+        parse_selector(text)
+    except (OverflowError, RecursionError) as err:
+        msg = f"Selector {text!r:.80} is malformed: {err}."
+        raise ValueError(msg) from err
+    return text
+
+
+_Name = Annotated[str, AfterValidator(_checked_name)]
+_AdapterName = Annotated[str, AfterValidator(_checked_adapter_name)]
+# Of a union, pydantic would say what is wrong with each of its parts.
+_Selectors = Annotated[
+    str | tuple[str, ...], WrapValidator(lambda value, _handler: _checked_selectors(value))
+]
+_Choice = Annotated[
+    Annotated[str, Tag("one")] | Annotated[dict[str, float], Tag("several")],
+    # Problems are then those of the one that is meant.
+    Discriminator(lambda value: "several" if isinstance(value, dict) else "one"),
+]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        # Options may be infinite; otherwise null would be written.
+        ser_json_inf_nan="constants",
+    )
+
+
+def _refuse(model: BaseModel, problems: Sequence[tuple[Place, str]]) -> None:
+    """Raise what is wrong with the parts of a model as taken together, if anything is."""
+    if problems:
+        details = [
+            InitErrorDetails(
+                type=PydanticCustomError("recipe", "{what}", {"what": what}), loc=place, input=None
+            )
+            for place, what in problems
+        ]
+        raise ValidationError.from_exception_data(type(model).__name__, details)
 
 
 class RuleRecipe(_Strict):
@@ -30,16 +119,16 @@ class RuleRecipe(_Strict):
 
     Args:
         operation: Name of an operation that a plugin offers.
-        select: Where the operation may look for its targets.
-        exclude: What to leave out of it.
+        select: Where the operation may look for its targets: a selector, or several.
+        exclude: What to leave out of it; same.
         options: Passed to the operation.
         expect: How many modules must be claimed.
         optional: The rule may claim nothing, and its exclusion exclude nothing.
     """
 
     operation: str
-    select: str | None = None
-    exclude: str | None = None
+    select: _Selectors | None = None
+    exclude: _Selectors | None = None
     options: dict[str, Any] = {}
     expect: int | None = Field(default=None, ge=0)
     optional: bool = False
@@ -72,8 +161,8 @@ class AdapterRecipe(_Strict):
     """
 
     operation: str | None = None
-    select: str | None = None
-    exclude: str | None = None
+    select: _Selectors | None = None
+    exclude: _Selectors | None = None
     options: dict[str, Any] = {}
     expect: int | None = Field(default=None, ge=0)
     optional: bool = False
@@ -82,14 +171,17 @@ class AdapterRecipe(_Strict):
 
     @model_validator(mode="after")
     def _is_one_or_several(self) -> Self:
-        own = {"select", "exclude", "options", "expect", "optional"} & self.model_fields_set
+        problems: list[tuple[Place, str]] = []
         if (self.operation is None) == (not self.rules):
-            msg = "expected either operation or rules"
-            raise ValueError(msg)
-        if self.rules and (own or self.source is not None):
-            what = sorted(own | ({"source"} if self.source is not None else set()))
-            msg = f"expected {listed(what)} in none of the adapters with several rules"
-            raise ValueError(msg)
+            got = "both" if self.rules else "neither"
+            problems.append(((), f"expected either operation or rules, got {got}"))
+        elif self.rules:
+            problems += [
+                ((name,), f"expected no {name} beside rules")
+                for name, field in AdapterRecipe.model_fields.items()
+                if name != "rules" and getattr(self, name) != field.default
+            ]
+        _refuse(self, problems)
         return self
 
     @property
@@ -116,25 +208,26 @@ class ModelRecipe(_Strict):
     source: str | None = None
     freeze: bool = True
     rules: tuple[RuleRecipe, ...] = Field(default=(), strict=False)
-    adapters: dict[str, AdapterRecipe] = {}
-    active: str | dict[str, float] | None = None
+    adapters: dict[_AdapterName, AdapterRecipe] = {}
+    active: _Choice | None = None
 
     @model_validator(mode="after")
     def _has_what_it_names(self) -> Self:
+        problems: list[tuple[Place, str]] = []
         if not self.rules and not self.adapters:
-            msg = "expected rules or adapters, got neither"
-            raise ValueError(msg)
+            problems.append(((), "expected rules or adapters, got neither"))
         names = [self.active] if isinstance(self.active, str) else list(self.active or {})
-        unknown = sorted(set(names) - self.adapters.keys())
-        if unknown:
-            msg = f"active names {listed(unknown)}: expected some of {listed(self.adapters)}"
-            raise ValueError(msg)
-        if self.active is not None and not names:
-            msg = "active names no adapter: expected one, or several with weights"
-            raise ValueError(msg)
+        for name in names:
+            if name not in self.adapters:
+                hint = did_you_mean(name, self.adapters)
+                known = f"expected one of {listed(self.adapters)}"
+                problems.append((("active",), f"no adapter {name!r}{hint or f': {known}'}"))
         if self.active is None and len(self.adapters) > 1:
-            msg = f"expected active to say which of {listed(self.adapters)}"
-            raise ValueError(msg)
+            what = f"expected active to say which of {listed(self.adapters)}"
+            problems.append((("adapters",), what))
+        elif self.active is not None and not names:
+            problems.append((("active",), "expected an adapter, or several with weights, got none"))
+        _refuse(self, problems)
         return self
 
     @property
@@ -157,22 +250,27 @@ class Recipe(_Strict):
     """
 
     version: int = Field(default=VERSION, ge=1, le=VERSION)
-    models: dict[str, ModelRecipe] = Field(min_length=1)
+    models: dict[_Name, ModelRecipe] = Field(min_length=1)
     _document: Document | None = PrivateAttr(default=None)
+    _folder: Path = PrivateAttr(default=Path())
+
+    def __eq__(self, other: object) -> bool:
+        # Not of which file it was read.
+        if not isinstance(other, Recipe):
+            return NotImplemented
+        return (self.version, self.models) == (other.version, other.models)
+
+    __hash__ = None  # type: ignore[assignment]  # as mappings, of which it is made
 
     def where(self, *place: str | int) -> str:
         """Return `file:line: place` of something in the recipe, for messages."""
-        what = describe_place(place)
-        return what if self._document is None else f"{self._document.where(place)}: {what}"
+        return _said_at(self._document, place)
 
     def resolved(self, source: str) -> str:
         """Return a source with a path that begins with a dot or `~` made absolute."""
-        if source.startswith("~"):
-            return str(Path(source).expanduser())
-        if source in (".", "..") or source.startswith(("./", "../")):
-            folder = Path() if self._document is None else self._document.path.parent
-            return str((folder / source).resolve())
-        return source
+        if source.startswith("."):
+            return str((self._folder / source).resolve())
+        return os.path.expanduser(source)  # noqa: PTH111 (the other raises for unknown users)
 
 
 def load_recipe(
@@ -180,13 +278,14 @@ def load_recipe(
 ) -> Recipe:
     """Read a recipe from YAML, TOML or JSON.
 
-    `extends` names one or more recipes to lay this one over: mappings are merged, everything else is
-    replaced. `variables` is a mapping of names to values; `${name}` stands for one, also inside
-    text, `${env:NAME}` for an environment variable, and `$$` for a dollar sign.
+    `extends` names one or more recipes to lay this one over, as paths from its own folder: mappings
+    are merged, everything else is replaced. `variables` is a mapping of names to values; `${name}`
+    stands for one, also inside text and in variables further down, `${env:NAME}` for the text of an
+    environment variable, and `$$` for a dollar sign.
 
     Args:
         path: The file.
-        variables: Values for variables that the recipe has, in place of its own.
+        variables: Values for variables that the recipe has, in place of its own; see `read_scalar`.
 
     Raises:
         RecipeError: The file cannot be read, or is no recipe; every problem is named, with its
@@ -200,23 +299,29 @@ def load_recipe(
         ...     load_recipe(path).models["chat"].rules[0].operation
         'low_rank'
     """
-    document = _extended(Path(path), ())
-    if not isinstance(document.data, dict):
-        msg = f"{path}: no recipe: expected a mapping with models, got {document.data!r:.80}."
-        raise RecipeError(msg)
-    data = dict(document.data)
-    known = data.pop("variables", {})
-    substitution = _Substitution(document, _variables(document, known, variables or {}))
-    values = substitution.apply(data)
-    if substitution.problems:
-        raise RecipeError("\n".join(substitution.problems), problems=substitution.problems)
+    document = read_recipe_document(Path(path), variables or {})
+    return parse_recipe(document.data, document)
+
+
+def parse_recipe(data: object, document: Document | None = None) -> Recipe:
+    """Make a recipe of plain data, in which there are no variables.
+
+    Args:
+        data: What a recipe is, as mappings, lists and scalars.
+        document: Where it stands, for messages.
+
+    Raises:
+        RecipeError: It is none; every problem is named.
+    """
     try:
-        recipe = Recipe.model_validate(values)
+        recipe = Recipe.model_validate(data)
     except ValidationError as err:
         problems = [_problem(document, dict(found)) for found in err.errors()]
-        msg = "\n".join(problems)
-        raise RecipeError(msg, problems=problems) from None
-    recipe._document = document  # noqa: SLF001 (its own)
+        raise RecipeError("\n".join(problems), problems=problems) from None
+    if document is not None:
+        recipe._document = document  # noqa: SLF001 (its own)
+        # Whatever the working directory is later.
+        recipe._folder = document.path.absolute().parent  # noqa: SLF001 (same)
     return recipe
 
 
@@ -227,139 +332,52 @@ def dump_recipe(recipe: Recipe) -> str:
     """
     values = recipe.model_dump(mode="json", exclude_defaults=True)
     # A dollar sign would begin a variable.
-    return yaml.safe_dump(_escaped(values), sort_keys=False, allow_unicode=True)
+    return write_yaml(escaped(values))
 
 
-def recipe_schema(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the JSON Schema of recipes.
-
-    Args:
-        options: Schemas of the options of operations, by the name of the operation.
-    """
-    schema = Recipe.model_json_schema()
-    text = {"type": "string"}
-    schema["properties"] |= {
-        "extends": {"anyOf": [text, {"type": "array", "items": text}]},
-        "variables": {"type": "object"},
-    }
-    for name in ("RuleRecipe", "AdapterRecipe"):
-        definition = schema["$defs"][name]
-        definition["properties"]["operation"] = {"enum": sorted(options)}
-        definition["allOf"] = [
-            {
-                "if": {
-                    "properties": {"operation": {"const": operation}},
-                    "required": ["operation"],
-                },
-                # With a source, options may be left to what was saved.
-                "then": {"properties": {"options": dict(found)}},
-            }
-            for operation, found in sorted(options.items())
-        ]
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+_EXPECTED = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "tuple_type": "a list",
+    "too_short": "at least one",
+    "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}, the latest that this surgery-core knows",
+}
+"""By pydantic's kind of error, in the words of recipes."""
 
 
-def _extended(path: Path, chain: tuple[Path, ...]) -> Document:
-    resolved = path.resolve()
-    if resolved in chain:
-        msg = f"Recipe {str(path)!r} extends itself, through {listed(map(str, chain))}. Break it."
-        raise RecipeError(msg)
-    document = read_document(path)
-    if not isinstance(document.data, dict) or "extends" not in document.data:
-        return document
-    data = dict(document.data)
-    extends = data.pop("extends")
-    names = [extends] if isinstance(extends, str) else extends
-    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
-        msg = f"{document.where(('extends',))}: extends must name files, got {extends!r}."
-        raise RecipeError(msg)
-    found: Document | None = None
-    for name in names:
-        below = _extended(path.parent / name, (*chain, resolved))
-        found = below if found is None else merged(found, below)
-    own = Document(path=path, data=data, lines=document.lines)
-    return own if found is None else merged(found, own)
+def _said_at(document: Document | None, place: Place, *, line_of: Place | None = None) -> str:
+    """Write a place, behind the line of it, or of another, if there is a document."""
+    what = describe_place(place)
+    return what if document is None else f"{document.where(line_of or place)}: {what}"
 
 
-def _variables(document: Document, known: object, given: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of the variables; those given are read as YAML, as in the file."""
-    if not isinstance(known, dict) or any(isinstance(v, dict | list) for v in known.values()):
-        msg = f"{document.where(('variables',))}: variables must be names with values."
-        raise RecipeError(msg)
-    unknown = sorted(given.keys() - known.keys())
-    if unknown:
-        msg = (
-            f"{document.path}: no variable {listed(unknown)}: expected some of "
-            f"{listed(sorted(known))}. Fix the name, or add it under variables."
-        )
-        raise RecipeError(msg)
-    try:
-        return {**known, **{name: yaml.safe_load(value) for name, value in given.items()}}
-    except yaml.YAMLError as err:
-        msg = f"Variable is no value: {err}. Put it in quotes."
-        raise RecipeError(msg) from err
-
-
-class _Substitution:
-    """Puts values in the place of variables, and notes those that there are none for."""
-
-    def __init__(self, document: Document, values: Mapping[str, Any]) -> None:
-        self._document, self._values = document, values
-        self.problems: list[str] = []
-
-    def apply(self, value: Any, place: Place = ()) -> Any:  # noqa: ANN401 (plain data)
-        if isinstance(value, dict):
-            return {key: self.apply(item, (*place, key)) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self.apply(item, (*place, i)) for i, item in enumerate(value)]
-        if not isinstance(value, str):
-            return value
-        whole = _VARIABLE.fullmatch(value)
-        if whole and whole[1] is not None:
-            # Alone, a variable keeps its type.
-            return self._value(whole[1], place)
-        return _VARIABLE.sub(
-            lambda m: "$" if m[1] is None else str(self._value(m[1], place)), value
-        )
-
-    def _value(self, name: str, place: Place) -> Any:  # noqa: ANN401 (plain data)
-        if name in self._values:
-            return self._values[name]
-        variable = name.removeprefix(_ENVIRONMENT)
-        if name != variable and variable in os.environ:
-            return os.environ[variable]
-        what = "environment variable" if name != variable else "variable"
-        hint = _did_you_mean(name, self._values)
-        self.problems.append(f"{self._document.where(place)}: no {what} {variable!r}{hint}")
-        return ""
-
-
-def _escaped(value: Any) -> Any:  # noqa: ANN401 (plain data)
-    if isinstance(value, dict):
-        return {key: _escaped(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_escaped(item) for item in value]
-    return value.replace("$", "$$") if isinstance(value, str) else value
-
-
-def _problem(document: Document, error: Mapping[str, Any]) -> str:
+def _problem(document: Document | None, error: Mapping[str, Any]) -> str:
     """Write one of pydantic's errors as a line."""
-    place = tuple(error["loc"])
-    # Pydantic adds which type of a union it tried.
-    while place and place[-1] in ("str", "dict[str,float]"):
+    place, kind = tuple(error["loc"]), error["type"]
+    # Pydantic adds which part of a union it tried, and that a key is meant.
+    if place[2:3] == ("active",):
+        place = (*place[:3], *place[4:])
+    elif place[-1:] == ("[key]",) and kind == "value_error":
         place = place[:-1]
-    kind = error["type"]
     if kind == "extra_forbidden":
         fields = _fields_at(place[:-1])
-        hint = _did_you_mean(str(place[-1]), fields)
-        what = f"unknown key {place[-1]!r}{hint or f': expected some of {listed(fields, most=9)}'}"
-        return f"{document.where(place)}: {describe_place(place[:-1])}: {what}"
+        hint = did_you_mean(str(place[-1]), fields)
+        what = f"unknown key {place[-1]!r}{hint or f': expected one of {listed(fields, most=9)}'}"
+        return f"{_said_at(document, place[:-1], line_of=place)}: {what}"
     if kind == "missing":
         what = f"expected {place[-1]!r}, got no such key"
-        return f"{document.where(place[:-1])}: {describe_place(place[:-1])}: {what}"
+        return f"{_said_at(document, place[:-1])}: {what}"
     what = error["msg"].removeprefix("Value error, ")
-    got = "" if kind == "value_error" else f", got {error['input']!r:.80}"
-    return f"{document.where(place)}: {describe_place(place)}: {what}{got}"
+    if kind in _EXPECTED:
+        expected = _EXPECTED[kind].format(**error.get("ctx", {}))
+        what = f"expected {expected}, got {error['input']!r:.80}"
+    return f"{_said_at(document, place)}: {what}"
 
 
 def _fields_at(place: Place) -> Sequence[str]:
@@ -370,8 +388,3 @@ def _fields_at(place: Place) -> Sequence[str]:
         return [*fields, "extends", "variables"] if not place else fields
     is_adapter = place[2] == "adapters" and len(place) == 4  # noqa: PLR2004 (models, name, adapters, name)
     return [*(AdapterRecipe if is_adapter else RuleRecipe).model_fields]
-
-
-def _did_you_mean(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f": did you mean {near[0]!r}?" if near else ""

@@ -141,7 +141,7 @@ def read_record(folder: str | os.PathLike[str]) -> Record:
         values = dict(data["base"]["values"])
         digest = data["tensors"]["sha256"]
         operations, versions = dict(data["operations"]), dict(data["versions"])
-    except FileNotFoundError as err:
+    except (FileNotFoundError, NotADirectoryError) as err:
         msg = (
             f"Folder {os.fspath(folder)!r} has no record: expected {RECORD_FILE!r} in it. Pass a "
             "folder that a record was saved to."

@@ -101,7 +101,7 @@ class Regex(Selector):
     def __post_init__(self) -> None:
         try:
             re.compile(self.pattern)
-        except re.error as err:
+        except (re.error, OverflowError, RecursionError) as err:
             msg = f"Selector 'regex:{self.pattern}' is malformed: {err}."
             raise SelectorError(msg) from None
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 from surgery_core import read_record
 
@@ -124,9 +123,11 @@ def test_a_recipe_is_planned_applied_verified_and_recorded(installed):
         count, mean, largest = (
             state[f"{place}.activation_probe.{name}"] for name in ("count", "mean_abs", "max_abs")
         )
-        assert count > 0
         assert mean.shape == largest.shape == shape
-        assert torch.all((mean > 0) & (mean < largest))
+        # Verifying ran the model, and put back what was counted.
+        assert count == 0
+        assert not mean.any()
+        assert not largest.any()
 
 
 def test_its_own_tests_pass_with_the_wheel(installed):

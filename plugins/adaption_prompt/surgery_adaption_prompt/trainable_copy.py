@@ -62,6 +62,16 @@ class TrainableCopyOperation(Operation[TrainableCopyOptions]):
             raise OptionsError(msg)
         return TrainableCopyOptions(modules=tuple(modules), is_trainable=is_trainable)
 
+    def options_schema(self) -> Mapping[str, Any]:
+        """Return the JSON Schema of the options."""
+        names = {"type": "array", "items": {"type": "string"}}
+        return {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["modules"],
+            "properties": {"modules": names, "is_trainable": {"type": "boolean"}},
+        }
+
     def targets(self, tree: Tree, options: TrainableCopyOptions) -> Selector:
         """Choose the modules of these names.
 
