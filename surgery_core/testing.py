@@ -10,16 +10,16 @@ import unittest
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
+from torch.fx import symbolic_trace
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.utils.hooks import RemovableHandle
 
+from surgery_core.contract_steps import edited_fqns, join, must_raise, register_hooks
 from surgery_core.errors import DriftError, OptionsError, listed
 from surgery_core.operation import Rule
 from surgery_core.plan import PlanDocument, fingerprint
@@ -36,6 +36,7 @@ from surgery_core.snapshots import (
     snapshot,
 )
 from surgery_core.surgery import Plan, Surgery
+from surgery_core.tensors import owned_tensors
 from surgery_core.transaction import OnWrite
 
 __all__ = [
@@ -144,7 +145,7 @@ class OperationContract(ABC):
         options = {**rule.options, "no_such_option_": 1}
         misspelt = Rule(operation=rule.operation, select=rule.select, options=options)
 
-        with _must_raise(OptionsError, "An unknown option"):
+        with must_raise(OptionsError, "An unknown option"):
             self.session().plan(self._model(), [misspelt])
 
     def test_apply_changes_only_the_modules_named(self) -> None:
@@ -152,7 +153,7 @@ class OperationContract(ABC):
         model = self._model()
         before = snapshot(model)
         surgery = self._plan(model).apply()
-        fqns = _edited(surgery)
+        fqns = edited_fqns(surgery)
 
         for fqn in fqns:
             new = surgery.model.get_submodule(fqn)
@@ -179,11 +180,11 @@ class OperationContract(ABC):
         for edit in surgery.plan.document.edits:
             for fqn in (edit.fqn, *edit.aliases):
                 for name in edit.removed:
-                    del expected[_join(fqn, name)]
-                specs.update({_join(fqn, spec.name): spec for spec in edit.added})
+                    del expected[join(fqn, name)]
+                specs.update({join(fqn, spec.name): spec for spec in edit.added})
 
         assert set(after) == {*expected, *specs}, "Keys of the state dict are not as declared."
-        fqns = tuple(_edited(surgery))
+        fqns = tuple(edited_fqns(surgery))
         for key in expected:
             # An operation that computes something else may put another tensor under the same key.
             if self.identity_at_init or not is_below(key, fqns):
@@ -223,7 +224,7 @@ class OperationContract(ABC):
         number_of_writes = sum(len(claim.site.slots) for claim in plan.claims)
 
         for number in range(number_of_writes):
-            with _must_raise(InjectedError, f"Write {number} of apply"):
+            with must_raise(InjectedError, f"Write {number} of apply"):
                 plan.apply(on_write=failing_at(number))
             assert_unchanged(before, model, subject=f"Apply that failed at write {number}")
 
@@ -239,7 +240,7 @@ class OperationContract(ABC):
         number_of_writes = sum(len(item.site.slots) for item in surgery.replacements)
 
         for number in range(number_of_writes):
-            with _must_raise(InjectedError, f"Write {number} of revert"):
+            with must_raise(InjectedError, f"Write {number} of revert"):
                 surgery.revert(on_write=failing_at(number))
             assert surgery.is_applied, "A revert that failed calls itself reverted."
             assert_unchanged(applied, surgery.model, subject=f"Revert that failed at {number}")
@@ -256,7 +257,7 @@ class OperationContract(ABC):
             slot = item.site.slots[-1]
             slot.put(nn.Identity())
             drifted = snapshot(surgery.model)
-            with _must_raise(DriftError, "A module replaced by somebody else"):
+            with must_raise(DriftError, "A module replaced by somebody else"):
                 surgery.revert()
             assert_unchanged(drifted, surgery.model, subject="Revert that found drift")
             slot.put(item.module)
@@ -270,7 +271,7 @@ class OperationContract(ABC):
         plan = self._plan(model)
         calls: Counter[str] = Counter()
         for claim in plan.claims:
-            _register_hooks(claim.site.module, calls)
+            register_hooks(claim.site.module, calls)
         expected = self._calls(model, calls)
 
         surgery = plan.apply()
@@ -294,8 +295,8 @@ class OperationContract(ABC):
         model = self._model()
         calls: Counter[str] = Counter()
         surgery = self._plan(model).apply()
-        for fqn in _edited(surgery):
-            _register_hooks(surgery.model.get_submodule(fqn), calls)
+        for fqn in edited_fqns(surgery):
+            register_hooks(surgery.model.get_submodule(fqn), calls)
         while_applied = self._calls(surgery.model, calls)
 
         after = self._calls(surgery.revert(), calls)
@@ -346,13 +347,74 @@ class OperationContract(ABC):
         assert self._outputs(copy.deepcopy(surgery.model)) == expected, "deepcopy differs."
         assert self._outputs(pickled) == expected, "pickle differs."
 
+    def test_ties_are_reported_and_there_again_after_revert(self) -> None:
+        """A parameter that is elsewhere too stays the same object there, or the report says so."""
+        model = self._model()
+        targets = [claim.site for claim in self._plan(model).claims if claim.site.fqn]
+        tied = next((p for site in targets for p in site.module.parameters()), None)
+        if tied is None:
+            msg = "no target below the root has a parameter"
+            raise unittest.SkipTest(msg)
+        model.register_parameter("tied_elsewhere_", tied)
+        before = snapshot(model)
+        surgery = self._plan(model).apply()
+        inside = {id(p) for item in surgery.replacements for p in item.module.parameters()}
+        reported = {fqn for i in surgery.replacements for fqn in i.carry_over.ties_broken}
+
+        is_kept = id(tied) in inside
+        assert is_kept or "tied_elsewhere_" in reported, "A tie was broken and not reported."
+        surgery.revert()
+        assert_unchanged(before, model, subject="Apply and revert of a tied parameter")
+
+    def test_a_model_without_values_is_changed_without_any(self) -> None:
+        """On the meta device, what is added is there too; reverting gives the same model back."""
+        model = self._model().to("meta")
+        before = snapshot(model)
+        surgery = self._plan(model).apply()
+        added = [
+            key
+            for item in surgery.replacements
+            # A module without tensors does not say where it is.
+            if item.site.module.state_dict()
+            for key, tensor in owned_tensors(item.site.module, item.module).items()
+            if not tensor.is_meta
+        ]
+
+        assert not added, f"Tensors have values although the model has none: {listed(added)}."
+        surgery.revert()
+        assert_unchanged(before, model, subject="Apply and revert on the meta device")
+
+    def test_a_traced_model_is_changed_like_any_other(self) -> None:
+        """On a torch.fx graph that calls the targets, outputs are those of the model itself."""
+        model = self._model()
+        try:
+            traced = symbolic_trace(model)
+        except Exception as err:
+            msg = f"torch.fx cannot trace the model: {err}"
+            raise unittest.SkipTest(msg) from err
+        called = {node.target for node in traced.graph.nodes if node.op == "call_module"}
+        if not {claim.site.fqn for claim in self._plan(model).claims} <= called:
+            msg = "the graph does not call the targets, but what is inside them"
+            raise unittest.SkipTest(msg)
+        before, graph = snapshot(traced), traced.graph
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            expected = self._outputs(self._plan(model).apply().model)
+            torch.manual_seed(0)
+            surgery = self._plan(traced).apply()
+
+        assert self._outputs(surgery.model) == expected, "The traced model computes otherwise."
+        surgery.revert()
+        assert traced.graph is graph, "Another graph is left behind."
+        assert_unchanged(before, traced, subject="Apply and revert on a graph")
+
     def test_a_block_with_applied_restores_after_an_error(self) -> None:
         """`with session.applied(...)` reverts when the block raises."""
         model = self._model()
         before = snapshot(model)
 
         with (
-            _must_raise(InjectedError, "The block"),
+            must_raise(InjectedError, "The block"),
             self.session().applied(model, self.rules()) as surgery,
         ):
             self._outputs(surgery.model)
@@ -413,7 +475,7 @@ class OperationContract(ABC):
         model = self._model()
         plan = self._plan(model)
         calls: Counter[str] = Counter()
-        handles = [h for claim in plan.claims for h in _register_hooks(claim.site.module, calls)]
+        handles = [h for claim in plan.claims for h in register_hooks(claim.site.module, calls)]
         surgery = plan.apply()
         used = step(surgery)
 
@@ -425,44 +487,3 @@ class OperationContract(ABC):
         if surgery.is_applied:
             left = self._calls(surgery.revert(), calls)
             assert not left, f"Hooks removed while applied are back after revert: {dict(left)}."
-
-
-def _register_hooks(module: nn.Module, calls: Counter[str]) -> list[RemovableHandle]:
-    def counting(kind: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            calls[kind] += 1
-
-        return hook
-
-    return [
-        module.register_forward_hook(counting("forward")),
-        module.register_forward_hook(counting("forward_with_kwargs"), with_kwargs=True),
-        module.register_forward_hook(counting("forward_prepended"), prepend=True),
-        module.register_forward_hook(counting("forward_always"), always_call=True),
-        module.register_forward_pre_hook(counting("forward_pre")),
-        module.register_forward_pre_hook(counting("forward_pre_with_kwargs"), with_kwargs=True),
-        module.register_full_backward_hook(counting("backward")),
-        module.register_full_backward_pre_hook(counting("backward_pre")),
-        module.register_state_dict_post_hook(counting("state_dict")),  # type: ignore[no-untyped-call]
-        module.register_state_dict_pre_hook(counting("state_dict_pre")),  # type: ignore[no-untyped-call]
-        module.register_load_state_dict_pre_hook(counting("load")),  # type: ignore[no-untyped-call]
-        module.register_load_state_dict_post_hook(counting("load_post")),  # type: ignore[no-untyped-call]
-    ]
-
-
-@contextmanager
-def _must_raise(expected: type[Exception], subject: str) -> Iterator[None]:
-    try:
-        yield
-    except expected:
-        return
-    msg = f"{subject} did not raise {expected.__name__}."
-    raise AssertionError(msg)
-
-
-def _edited(surgery: Surgery) -> list[str]:
-    return [fqn for edit in surgery.plan.document.edits for fqn in (edit.fqn, *edit.aliases)]
-
-
-def _join(fqn: str, name: str) -> str:
-    return f"{fqn}.{name}" if fqn else name

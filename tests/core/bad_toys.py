@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from core.toys import Fresh, Gate, Gated, Shift, Shifted
+from core.toys import Block, Fresh, Gate, Gated, Shift, Shifted
 from torch import nn
 
 from surgery_core import Effects
@@ -176,3 +176,28 @@ class KeepsValuesElsewhere(Gate):
         KeepsValuesElsewhere.count += 1
         new.number = KeepsValuesElsewhere.count
         return new
+
+
+class OnAnotherDevice(Gate):
+    """Takes the CPU for granted."""
+
+    def build(self, site, _options):
+        new = Gated(site.module)
+        new.gate = nn.Parameter(torch.zeros(1))
+        return new
+
+
+class AsksItsParent(Gate):
+    """What it does depends on the class of the module that holds its target."""
+
+    def build(self, site, _options):
+        is_block = isinstance(site.slots[0].container, Block)
+        return Gated(site.module, gate=0.5 if is_block else 0.0)
+
+
+class TakesParametersAway(Gate):
+    """Gives the original parameters of its own."""
+
+    def build(self, site, options):
+        site.module.weight = nn.Parameter(site.module.weight.detach().clone())
+        return super().build(site, options)

@@ -5,6 +5,7 @@ import unittest
 import pytest
 import torch
 from core.bad_toys import (
+    AsksItsParent,
     ChangesItsMind,
     ChangesValues,
     DiffersWhenCopied,
@@ -22,8 +23,10 @@ from core.bad_toys import (
     MovesHooks,
     MutatesInDescribe,
     MutatesInTargets,
+    OnAnotherDevice,
     SharesHooksOfWhatItCalls,
     TakesAnyOption,
+    TakesParametersAway,
     WritesElsewhere,
 )
 from core.toys import (
@@ -103,7 +106,9 @@ class TestHolders(ToyContract):
         return model
 
     def run(self, model):
-        return model(example()), model.heads[0](example())
+        # A traced model has no attributes that are no modules.
+        head = model.heads[0] if hasattr(model, "heads") else model.head
+        return model(example()), head(example())
 
 
 class TestWithoutGradients(ToyContract):
@@ -173,6 +178,9 @@ def test_a_good_operation_passes(operation):
         (DiffersWhenCopied, "copies_of_the_applied_model_compute_the_same"),
         (DiffersWhenPickled, "copies_of_the_applied_model_compute_the_same"),
         (IsNoIdentity, "output_at_init_is_as_declared"),
+        (AsksItsParent, "a_traced_model_is_changed_like_any_other"),
+        (OnAnotherDevice, "a_model_without_values_is_changed_without_any"),
+        (TakesParametersAway, "ties_are_reported_and_there_again_after_revert"),
         (KeepsValuesElsewhere, "a_record_of_it_computes_the_same"),
         (LeavesResidue, "a_record_of_it_computes_the_same"),
     ],

@@ -82,7 +82,7 @@ class Shifted(nn.Linear):
         super().__init__(1, 1, device="meta")
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
-        self.shift = nn.Parameter(torch.zeros(base.out_features, dtype=base.weight.dtype))
+        self.shift = nn.Parameter(torch.zeros_like(base.weight[:, 0]))
 
     def forward(self, x):
         return super().forward(x) + self.shift
@@ -174,9 +174,8 @@ class Fresh(ToyOperation):
 
     def build(self, site, _options):
         old = site.module
-        return nn.Linear(
-            old.in_features, old.out_features, bias=old.bias is not None, dtype=old.weight.dtype
-        )
+        kind = {"dtype": old.weight.dtype, "device": old.weight.device}
+        return nn.Linear(old.in_features, old.out_features, bias=old.bias is not None, **kind)
 
 
 class ToyPlugin:
