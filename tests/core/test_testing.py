@@ -106,9 +106,7 @@ class TestHolders(ToyContract):
         return model
 
     def run(self, model):
-        # A traced model has no attributes that are no modules.
-        head = model.heads[0] if hasattr(model, "heads") else model.head
-        return model(example()), head(example())
+        return model(example()), model.heads[0](example())
 
 
 class TestWithoutGradients(ToyContract):
