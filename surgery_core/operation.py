@@ -62,6 +62,12 @@ class Operation(ABC, Generic[OptionsT]):
     summary: str
     """One line for `surgery plugins`."""
 
+    keeps_children: bool = False
+    """Whether a replacement has the original's very table of children, `_modules`.
+
+    Then other rules may claim modules inside: what is put there is in both.
+    """
+
     @abstractmethod
     def parse_options(self, options: Mapping[str, Any]) -> OptionsT:
         """Validate what a rule gives.

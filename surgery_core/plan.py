@@ -234,7 +234,7 @@ def _raise_no_match(subject: str, selector: Selector, tree: Tree) -> None:
 
 
 def _check_conflicts(claims: Iterable[Claim]) -> None:
-    """Refuse claims on one module, and claims on a module inside another claimed one."""
+    """Refuse claims on one module, and on a module inside one whose children do not stay."""
     owner: dict[str, Claim] = {}
     clashes: list[tuple[Claim, str, Claim, str]] = []
     for claim in claims:
@@ -248,7 +248,9 @@ def _check_conflicts(claims: Iterable[Claim]) -> None:
         (owner[ancestor], ancestor, claim, fqn)
         for fqn, claim in owner.items()
         for ancestor in _ancestors(fqn)
-        if ancestor in owner and owner[ancestor].site is not claim.site
+        if ancestor in owner
+        and owner[ancestor].site is not claim.site
+        and not owner[ancestor].operation.keeps_children
     ]
     _raise_conflicts(clashes)
 

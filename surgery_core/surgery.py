@@ -267,6 +267,12 @@ def _build_one(claim: Claim, owners: Owners, seen: set[int]) -> Replacement:
         msg = f"{subject}: expected a new torch.nn.Module for each site, got {new!r:.80}."
         raise ContractError(msg, fqn=site.fqn, expected=nn.Module, actual=type(new))
     seen.add(id(new))
+    if claim.operation.keeps_children and not shares_children(site.module, new):
+        msg = (
+            f"{subject}: expected a module with the very table of children of the original, since "
+            "the operation keeps children, got another. Let it have `_modules` of the original."
+        )
+        raise ContractError(msg, fqn=site.fqn, expected="shared children", actual=type(new))
     built, original = _state(new, site.module), _state(site.module, new)
     before, after = set(original), set(built)
     promised = {spec.name for spec in claim.effects.added}, set(claim.effects.removed)

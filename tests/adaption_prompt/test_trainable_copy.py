@@ -1,13 +1,20 @@
 """`trainable_copy`, and adapters that bring a module of their own (`modules_to_save`)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
 from support.families import build, open_gates_, randomize_, tokens
-from surgery_adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
+from surgery_adaption_prompt import (
+    AdaptionPromptConfig,
+    AdaptionPromptModel,
+    adapter_state,
+    load_state_,
+)
 
-from surgery_core import ConflictError, NoMatchError, OptionsError, Rule, Session
-from surgery_core.testing import OperationContract, snapshot
+from surgery_core import NoMatchError, OptionsError, Rule, Session
+from surgery_core.testing import OperationContract, assert_unchanged, snapshot
 
 
 def classifier():
@@ -146,11 +153,33 @@ def test_names_of_nothing_are_refused(base):
     assert base.score.weight.requires_grad
 
 
-def test_a_module_inside_adapted_attention_is_a_conflict(base):
+def test_a_module_inside_adapted_attention_is_trained_with_it():
+    """The prompt's keys come from the copy, as the tokens' do, and from the original without it."""
+    base = build(seed=1)
+    before, expected = snapshot(base), logits(base)
     config = AdaptionPromptConfig(adapter_len=2, adapter_layers=1, modules_to_save=["k_proj"])
+    model = AdaptionPromptModel(base, {"a": config}, "a")
+    assert torch.equal(expected, logits(model))
 
-    with pytest.raises(ConflictError, match=r"'adaption_prompt' .* and 'trainable_copy'"):
-        AdaptionPromptModel(base, {"a": config}, "a")
+    open_gates_(model.adapter_modules("a"), seed=3)
+    opened = logits(model)
+    with torch.no_grad():
+        for copied in model.saved_modules("a").values():
+            copied.weight.mul_(1.5)
+    other = build(seed=1)
+    with torch.no_grad():
+        for layer in other.model.layers:
+            layer.self_attn.k_proj.weight.mul_(1.5)
+    alone = AdaptionPromptModel(other, {"a": replace(config, modules_to_save=None)}, "a")
+    load_state_(
+        alone.adapter_modules("a"),
+        adapter_state(model.adapter_modules("a")),
+    )
+
+    assert not torch.allclose(opened, logits(model), atol=1e-3)
+    assert torch.equal(logits(alone), logits(model))
+    model.unload()
+    assert_unchanged(before, base, subject="Adding, training and unloading")
 
 
 @pytest.mark.parametrize(

@@ -409,3 +409,62 @@ def test_an_adapter_may_have_several_rules():
         session().export(found, "both", "folder")
     found.revert()
     assert RECIPE["active"] == "wide"
+
+
+class Keeping(Around):
+    keeps_children = True
+
+
+class Lying(Around):
+    keeps_children = True
+
+    def build(self, site, _options):
+        return Gated(site.module)
+
+
+def test_one_adapter_may_wrap_a_module_and_change_what_is_inside():
+    model = Net().eval()
+    before, expected = snapshot(model), model(example())
+    both = {"rules": [{"operation": "around"}, {"operation": "shift", "select": "layers.*.up"}]}
+    known = Session(plugins=[ToyPlugin(Keeping(), Shift(), Gate())], discover=False)
+    part = recipe(rules=None, adapters={"both": both, "narrow": GATE_0}, active="both")
+    found = known.plan_recipe(model, part).apply()
+
+    assert all(isinstance(block, Beside) for block in model.layers)
+    assert all(isinstance(block.up, Shifted) for block in model.layers)
+    assert torch.equal(expected, model(example()))
+    with torch.no_grad():
+        model.layers[2].up.shift.add_(1.0)
+    changed = model(example())
+    found.set_active("narrow")
+    assert torch.equal(expected, model(example()))
+    found.set_active("both")
+    assert not torch.equal(expected, changed)
+    assert torch.equal(changed, model(example()))
+    outcome = verify(found, (example(),), tiers=["structure", "revert", "gradients"])
+    assert outcome.is_ok, outcome.render()
+    found.revert()
+    assert_unchanged(before, model, subject="Reverting")
+
+
+def test_a_fault_at_any_write_of_nested_edits_changes_nothing():
+    model = Net().eval()
+    before = snapshot(model)
+    rules = [Rule(operation="around"), Rule(operation="shift", select="layers.*.up")]
+    known = Session(plugins=[ToyPlugin(Keeping(), Shift())], discover=False)
+    for number in range(6):
+        with pytest.raises(InjectedError):
+            known.plan(model, rules).apply(on_write=failing_at(number))
+        assert_unchanged(before, model, subject=f"A fault at write {number}")
+    surgery = known.plan(model, rules).apply(on_write=failing_at(6))
+    for number in range(6):
+        with pytest.raises(InjectedError):
+            surgery.revert(on_write=failing_at(number))
+    surgery.revert()
+    assert_unchanged(before, model, subject="Reverting")
+
+
+def test_an_operation_that_says_it_keeps_children_must():
+    known = Session(plugins=[ToyPlugin(Lying())], discover=False)
+    with pytest.raises(ContractError, match="expected a module with the very table of children"):
+        known.plan(Net().eval(), [Rule(operation="around")]).apply()

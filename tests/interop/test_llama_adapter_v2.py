@@ -161,14 +161,33 @@ def test_an_adapter_may_have_all_of_it():
     assert_unchanged(before, model, subject="Apply, switching and revert")
 
 
+def test_all_of_it_is_one_adapter_that_takes_turns_with_another():
+    model = build()
+    before, expected = snapshot(model), logits(model)
+    rules = [
+        PROMPTS,
+        {"operation": "scale_shift", "exclude": "lm_head"},
+        {"operation": "tuned_norm"},
+    ]
+    edited = Session().plan_recipe(model, recipe((), v2={"rules": rules}, v1=PROMPTS)).apply()
+    outcome = verify(edited, Session().plugins.probe_inputs(model))
+    assert outcome.is_ok, outcome.render()
+    assert torch.equal(expected, logits(model))
+
+    train_(model)
+    trained = logits(model)
+    assert not torch.allclose(expected, trained, atol=1e-3)
+    edited.set_active("v1")
+    assert torch.equal(expected, logits(model))
+    edited.set_active("v2")
+    assert torch.equal(trained, logits(model))
+    edited.revert()
+    assert_unchanged(before, model, subject="Apply, switching and revert")
+
+
 @pytest.mark.parametrize(
     ("rules", "adapters", "places"),
     [
-        (
-            [{"operation": "scale_shift", "select": "**.q_proj"}, PROMPTS],
-            {"copy": {"operation": "trainable_copy", "options": {"modules": ["lm_head"]}}},
-            ("model.layers.1.self_attn", "model.layers.1.self_attn.q_proj"),
-        ),
         (
             [PROMPTS],
             {"scales": {"operation": "scale_shift", "select": "**.q_proj"}},
@@ -188,7 +207,7 @@ def test_an_adapter_may_have_all_of_it():
             ("model.norm", "model.norm"),
         ),
     ],
-    ids=["rules, one inside", "adapter inside rule", "rule and adapter", "two rules"],
+    ids=["adapter inside rule", "rule and adapter", "two rules"],
 )
 def test_claims_of_two_plugins_on_one_place_conflict(rules, adapters, places):
     model = build()

@@ -46,6 +46,7 @@ class AdaptionPromptOperation(Operation[AdaptionPromptConfig]):
 
     name = NAME
     summary = "LLaMA-Adapter: learned prompts with a zero-initialised gate in the top L layers."
+    keeps_children = True
 
     def parse_options(self, options: Mapping[str, Any]) -> AdaptionPromptConfig:
         """Validate the options as an `AdaptionPromptConfig`.
