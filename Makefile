@@ -19,8 +19,8 @@ help:
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	touch $@
 
-.venv/.demo: .venv/.torch demo/requirements.txt pyproject.toml plugins/adaption_prompt/pyproject.toml plugins/scale_shift/pyproject.toml
-	$(BIN)/python -m pip install --quiet -e . -e plugins/adaption_prompt -e plugins/scale_shift -r demo/requirements.txt
+.venv/.demo: .venv/.torch demo/requirements.txt pyproject.toml plugins/adaption_prompt/pyproject.toml plugins/low_rank/pyproject.toml plugins/scale_shift/pyproject.toml
+	$(BIN)/python -m pip install --quiet -e . -e plugins/adaption_prompt -e plugins/low_rank -e plugins/scale_shift -r demo/requirements.txt
 	touch $@
 
 .venv/.test: .venv/.demo tests/requirements.txt

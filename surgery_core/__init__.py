@@ -20,6 +20,7 @@ from surgery_core.errors import (
     VariantError,
     listed,
 )
+from surgery_core.forwards import check_forward, dispatch_again, is_dispatched
 from surgery_core.fx import (
     GraphDocument,
     GraphEdit,
@@ -132,14 +133,17 @@ __all__ = [
     "Verification",
     "WeightedVariant",
     "Where",
+    "check_forward",
     "check_preflight",
     "diagnose",
+    "dispatch_again",
     "dump_recipe",
     "execution_device",
     "find_pattern",
     "fingerprint",
     "format_table",
     "hookimpl",
+    "is_dispatched",
     "listed",
     "load",
     "load_recipe",

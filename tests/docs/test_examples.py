@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import surgery_adaption_prompt
+import surgery_low_rank
 import surgery_scale_shift
 
 import surgery_core
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = [
     name
-    for package in (surgery_core, surgery_adaption_prompt, surgery_scale_shift)
+    for package in (surgery_core, surgery_adaption_prompt, surgery_low_rank, surgery_scale_shift)
     for _, name, _ in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
 ]
 

@@ -8,8 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from surgery_core import execution_device
-from surgery_scale_shift.forwards import dispatch_again
+from surgery_core import dispatch_again, execution_device
 from surgery_scale_shift.functional import scale_and_shift, shift_then_scale
 from surgery_scale_shift.options import Form, ScaleShiftOptions, parameter_dtype
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from surgery_scale_shift.forwards import dispatch_again
+from surgery_core import dispatch_again
 
 
 class WideNorm(nn.Module):

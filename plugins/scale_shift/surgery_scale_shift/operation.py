@@ -21,10 +21,10 @@ from surgery_core import (
     Tree,
     WeightedVariant,
     Where,
+    check_forward,
 )
 from surgery_scale_shift import litgpt
 from surgery_scale_shift.composition import compose
-from surgery_scale_shift.forwards import check_forward
 from surgery_scale_shift.linear import BIAS, SCALE, ScaledLinear, added_shapes, scale_linear
 from surgery_scale_shift.options import ScaleShiftOptions, parameter_dtype, scale_shift_schema
 

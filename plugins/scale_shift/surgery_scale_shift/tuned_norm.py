@@ -17,9 +17,9 @@ from surgery_core import (
     Site,
     Tree,
     Where,
+    check_forward,
 )
 from surgery_scale_shift import litgpt
-from surgery_scale_shift.forwards import check_forward
 from surgery_scale_shift.norm import trainable_norm
 from surgery_scale_shift.options import TunedNormOptions, parameter_dtype, tuned_norm_schema
 

@@ -5,11 +5,19 @@ from types import MethodType
 
 from torch import nn
 
-from surgery_core import ContractError, Site, execution_device
+from surgery_core.errors import ContractError
+from surgery_core.preflight import execution_device
+from surgery_core.slots import Site
 
 
 def check_forward(site: Site, operation: str) -> None:
     """Refuse a module whose replacement would not be called as it is, or has no weights that stay.
+
+    For operations whose replacement takes over the attributes of the original, as `vars()` has them.
+
+    Args:
+        site: The module and its place.
+        operation: Name of the operation, for the message.
 
     Raises:
         ContractError: Its forward is patched, or accelerate loads its weights with each call.
@@ -32,7 +40,11 @@ def check_forward(site: Site, operation: str) -> None:
 
 
 def is_dispatched(module: nn.Module) -> bool:
-    """Tell whether a module has a forward of accelerate's that moves its arguments, and no more."""
+    """Tell whether a module has a forward of accelerate's that moves its arguments, and no more.
+
+    Args:
+        module: The module.
+    """
     state = vars(module)
     forward, hook = state.get("forward"), state.get("_hf_hook")
     return (
@@ -48,7 +60,11 @@ def is_dispatched(module: nn.Module) -> bool:
 
 
 def dispatch_again(new: nn.Module) -> None:
-    """Make the forward of accelerate's that `new` has from the module it stands for its own."""
+    """Make the forward of accelerate's that `new` has from the module it stands for its own.
+
+    Args:
+        new: Has the attributes of a module that `check_forward` let pass.
+    """
     state = vars(new)
     if "forward" in state:
         state["_old_forward"] = MethodType(type(new).forward, new)

@@ -1,0 +1,175 @@
+"""The rule that gives linear layers two narrow matrices, as an operation of the core."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
+
+from surgery_core import (
+    Composed,
+    ContractError,
+    Effects,
+    NoMatchError,
+    Operation,
+    Saved,
+    Selector,
+    Site,
+    TensorSpec,
+    Tree,
+    WeightedVariant,
+    Where,
+    check_forward,
+    listed,
+)
+from surgery_low_rank import peft_format
+from surgery_low_rank.composition import compose
+from surgery_low_rank.linear import A, B, LowRankLinear, added_shapes, low_rank_linear
+from surgery_low_rank.options import (
+    LowRankOptions,
+    is_target,
+    low_rank_schema,
+    parameter_dtype,
+)
+
+NAME = "low_rank"
+
+
+class LowRankOperation(Operation[LowRankOptions]):
+    """Give linear layers a trained low-rank term; options as `LowRankOptions`.
+
+    Every `nn.Linear` that the rule selects and `target_modules` names, also one of a subclass, whose
+    own forward is run. One that is not called, since its owner reads its weight instead, is refused.
+    """
+
+    name = NAME
+    summary = "LoRA: a trained low-rank term beside linear layers."
+
+    def parse_options(self, options: Mapping[str, Any]) -> LowRankOptions:
+        """Validate the options.
+
+        Raises:
+            OptionsError: An option is unknown or has no such value.
+        """
+        return LowRankOptions.parse(NAME, options)
+
+    def targets(self, tree: Tree, options: LowRankOptions) -> Selector:
+        """Choose every linear layer that the options name.
+
+        Raises:
+            NoMatchError: There is none, or for one of the names.
+        """
+        layers = [fqn for fqn, module in tree.items() if isinstance(module, nn.Linear)]
+        if not layers:
+            msg = (
+                f"Operation {NAME!r} found no linear layer among {len(tree)} submodules: expected "
+                "modules of torch.nn.Linear or a subclass. Widen the selector."
+            )
+            raise NoMatchError(msg, selector=NAME, candidates=())
+        unmatched = [
+            name
+            for name in options.target_modules or ()
+            if not any(fqn == name or fqn.endswith(f".{name}") for fqn in layers)
+        ]
+        if unmatched:
+            segments = sorted({fqn.rpartition(".")[2] for fqn in layers})
+            msg = (
+                f"Operation {NAME!r} found no linear layer for target_modules {listed(unmatched)}: "
+                f"expected names such as {listed(segments)}. Fix the names, or widen the selector."
+            )
+            raise NoMatchError(msg, selector=NAME, candidates=tuple(segments))
+        return Where(
+            lambda fqn, module: isinstance(module, nn.Linear) and is_target(fqn, options),
+            "linear layers" if options.target_modules is None else listed(options.target_modules),
+        )
+
+    def describe(self, site: Site, options: LowRankOptions) -> Effects:
+        """Return the two tensors that are added.
+
+        Raises:
+            ContractError: The layer has a low-rank term already, or has no shape yet, or is not
+                called, or its forward is patched, or accelerate loads its weights with each call.
+        """
+        for expected, actual, fix in _problems(site):
+            msg = (
+                f"Operation {NAME!r} cannot work at {site.fqn!r}: expected {expected}, got {actual}. "
+                f"{fix}."
+            )
+            raise ContractError(msg, fqn=site.fqn, expected=expected, actual=actual)
+        check_forward(site, NAME)
+        dtype = str(parameter_dtype(site.module, options.dtype)).removeprefix("torch.")
+        # The targets are linear layers.
+        shapes = added_shapes(site.module, options)  # type: ignore[arg-type]
+        return Effects(
+            added=tuple(
+                TensorSpec(
+                    name=name, shape=shape, dtype=dtype, trainable=not options.inference_mode
+                )
+                for name, shape in shapes.items()
+            )
+        )
+
+    def build(self, site: Site, options: LowRankOptions) -> LowRankLinear:
+        """Return the layer of the site with two new matrices."""
+        return low_rank_linear(site.module, options)  # type: ignore[arg-type]  # see describe
+
+    def options_schema(self) -> Mapping[str, Any]:
+        """Return the JSON Schema of the options."""
+        return low_rank_schema()
+
+    def compose(self, variants: Sequence[WeightedVariant]) -> Composed:
+        """Return the weighted sum of what they add; see `surgery_low_rank.composition`.
+
+        Raises:
+            OptionsError: A weight is not finite.
+        """
+        return compose(variants)
+
+    def read_saved(self, source: str, model: nn.Module, options: Mapping[str, Any]) -> Saved | None:
+        """Read a folder that PEFT saved of LoRA; see `surgery_low_rank.peft_format`.
+
+        Raises:
+            SurgeryError: It is damaged, or of another kind, or computes something else.
+            StateError: It is for a model with other layers.
+        """
+        folder = Path(source)
+        if not (folder / peft_format.CONFIG_FILE).is_file():
+            return None
+        saved = peft_format.read_folder(folder, model)
+        return Saved(options={**saved.options, **options}, state=saved.state)
+
+    def write_saved(
+        self, folder: str, options: Mapping[str, Any], modules: Mapping[str, nn.Module]
+    ) -> None:
+        """Write a folder that PEFT loads; see `surgery_low_rank.peft_format`.
+
+        Raises:
+            StateError: A value is not finite; nothing was written.
+        """
+        own = {fqn: m for fqn, m in modules.items() if isinstance(m, LowRankLinear)}
+        peft_format.write_folder(Path(folder), self.parse_options(options), own)
+
+
+def _problems(site: Site) -> Iterator[tuple[str, str, str]]:
+    """Yield why a layer cannot have a term: what was expected, what there is, what to do."""
+    module = site.module
+    if any(hasattr(module, name) for name in (A, B)):
+        yield (
+            f"a layer without {A!r} and {B!r}",
+            "one that has them",
+            "Revert what was applied before, or exclude the layer",
+        )
+    if any(is_lazy(parameter) for parameter in module.parameters()):
+        yield "a layer with shapes", "a lazy one", "Run the model once before planning"
+    # Both read the weights of these layers, and call none of them; the second in its fast path.
+    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    owner = next((s.container for s in site.slots if isinstance(s.container, readers)), None)
+    if owner is not None or isinstance(module, NonDynamicallyQuantizableLinear):
+        reader = "MultiheadAttention" if owner is None else type(owner).__name__
+        yield (
+            "a layer that is called",
+            f"one whose weight {reader} reads",
+            "Exclude it: what was added would be passed over",
+        )
