@@ -18,13 +18,7 @@ from support.importing import (
 )
 from surgery_adaption_prompt.importers import read_litgpt
 
-from surgery_core import (
-    StateError,
-    SurgeryError,
-)
-
-FLOAT32_PARTS = 1e-6
-"""Relative to the largest logit: transformers computes norms and rotary angles in float32."""
+from surgery_core import StateError, SurgeryError
 
 
 @pytest.mark.parametrize("reader", [read_original, read_quietly])
