@@ -7,7 +7,7 @@ TORCH := 'torch==2.13.0'
 .PHONY: help
 help:
 	@echo 'make demo       adapt, train, swap, save and revert SmolLM2-135M (about five minutes)'
-	@echo 'make demo-composition  two trained adapters by row, thread, weight and from disk'
+	@echo 'make demo-composition  two trained adapters by row, thread, weight and from disk (seven minutes)'
 	@echo 'make test       every test, and the core alone from its wheel'
 	@echo 'make test-fast  the tests that take less than a second each'
 	@echo 'make test-thorough  the property tests with ten times as many examples'
