@@ -1,6 +1,7 @@
 """Plan, apply and revert changes to the modules of a PyTorch model, with operations from plugins."""
 
 from surgery_core.carry import CarryOver
+from surgery_core.composing import WeightedSum, composed_names, finite_weights, modules_of
 from surgery_core.editing import EditedModel, ModelPlan
 from surgery_core.errors import (
     ConflictError,
@@ -20,7 +21,7 @@ from surgery_core.errors import (
     VariantError,
     listed,
 )
-from surgery_core.forwards import check_forward, dispatch_again, is_dispatched
+from surgery_core.forwards import check_forward, check_linear, dispatch_again, is_dispatched
 from surgery_core.fx import (
     GraphDocument,
     GraphEdit,
@@ -131,16 +132,20 @@ __all__ = [
     "UnknownOperationError",
     "VariantError",
     "Verification",
+    "WeightedSum",
     "WeightedVariant",
     "Where",
     "check_forward",
+    "check_linear",
     "check_preflight",
+    "composed_names",
     "diagnose",
     "dispatch_again",
     "dump_recipe",
     "execution_device",
     "find_pattern",
     "fingerprint",
+    "finite_weights",
     "format_table",
     "hookimpl",
     "is_dispatched",
@@ -148,6 +153,7 @@ __all__ = [
     "load",
     "load_recipe",
     "load_tensors_",
+    "modules_of",
     "parse_selector",
     "passing_places",
     "read_record",

@@ -1,9 +1,12 @@
 """Whose forward runs when a module is called: its class's, accelerate's around that, or another."""
 
+from collections.abc import Iterator, Sequence
 from functools import partial, update_wrapper
 from types import MethodType
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 
 from surgery_core.errors import ContractError
 from surgery_core.preflight import execution_device
@@ -37,6 +40,50 @@ def check_forward(site: Site, operation: str) -> None:
         f"{fix}."
     )
     raise ContractError(msg, fqn=site.fqn, expected=expected, actual=actual)
+
+
+def check_linear(site: Site, operation: str, *, added: Sequence[str]) -> None:
+    """Refuse a linear layer whose replacement would not be called as it is, or not once.
+
+    Args:
+        site: The layer and its place.
+        operation: Name of the operation, for the message.
+        added: Names of the parameters that the replacement adds.
+
+    Raises:
+        ContractError: The layer has such parameters already, or has no shape yet, or is not called
+            by its owner; or see `check_forward`.
+    """
+    for expected, actual, fix in _linear_problems(site, added):
+        msg = (
+            f"Operation {operation!r} cannot work at {site.fqn!r}: expected {expected}, got "
+            f"{actual}. {fix}."
+        )
+        raise ContractError(msg, fqn=site.fqn, expected=expected, actual=actual)
+    check_forward(site, operation)
+
+
+def _linear_problems(site: Site, added: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield what was expected, what there is, and what to do."""
+    module = site.module
+    if any(hasattr(module, name) for name in added):
+        yield (
+            f"a layer without {' and '.join(map(repr, added))}",
+            "one that has them",
+            "Revert what was applied before, or exclude the layer",
+        )
+    if any(is_lazy(parameter) for parameter in module.parameters()):
+        yield "a layer with shapes", "a lazy one", "Run the model once before planning"
+    # Both read the weights of these layers, and call none of them; the second in its fast path.
+    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+    owner = next((s.container for s in site.slots if isinstance(s.container, readers)), None)
+    if owner is not None or isinstance(module, NonDynamicallyQuantizableLinear):
+        reader = "MultiheadAttention" if owner is None else type(owner).__name__
+        yield (
+            "a layer that is called",
+            f"one whose weight {reader} reads",
+            "Exclude it: what was added would be passed over",
+        )
 
 
 def is_dispatched(module: nn.Module) -> bool:

@@ -304,15 +304,7 @@ def _check_conflicts(claims: Sequence[_Claim]) -> None:
 def _build(claim: _Claim) -> nn.Module:
     module = claim.rule.operation.build(claim.match, claim.options)
     before = nn.ModuleList(claim.match.modules.values())
-    found = {
-        TensorSpec(
-            name=name,
-            shape=tuple(tensor.shape),
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            trainable=tensor.requires_grad,
-        )
-        for name, tensor in owned_tensors(before, module).items()
-    }
+    found = {TensorSpec.of(*item) for item in owned_tensors(before, module).items()}
     if found != set(claim.edit.added):
         msg = (
             f"Operation {claim.edit.operation!r} broke its contract at {claim.edit.nodes[0]!r}: "

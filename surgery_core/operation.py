@@ -34,6 +34,21 @@ class TensorSpec:
     dtype: str
     trainable: bool = True
 
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> "TensorSpec":
+        """Describe a tensor.
+
+        Example:
+            >>> str(TensorSpec.of("gate", torch.zeros(1)))
+            "TensorSpec(name='gate', shape=(1,), dtype='float32', trainable=False)"
+        """
+        return cls(
+            name=name,
+            shape=tuple(tensor.shape),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            trainable=tensor.requires_grad,
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effects:

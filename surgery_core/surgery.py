@@ -328,11 +328,4 @@ def _fits(spec: TensorSpec, value: object) -> bool:
 
 def _spec_of(name: str, value: object) -> TensorSpec | None:
     """Describe an entry of a state dict; None when it is extra state, which is no tensor."""
-    if not isinstance(value, torch.Tensor):
-        return None
-    return TensorSpec(
-        name=name,
-        shape=tuple(value.shape),
-        dtype=str(value.dtype).removeprefix("torch."),
-        trainable=value.requires_grad,
-    )
+    return TensorSpec.of(name, value) if isinstance(value, torch.Tensor) else None

@@ -128,8 +128,6 @@ def _put_back_(tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Non
 
 def _structure(edited: EditedModel, inputs: Inputs | None) -> Iterator[Check]:
     del inputs
-    with edited.paused() as base:
-        before = set(base.state_dict())
     if edited.surgery is not None:
         wrong = [
             slot.fqn
@@ -162,9 +160,6 @@ def _structure(edited: EditedModel, inputs: Inputs | None) -> Iterator[Check]:
         wrong += sorted((without | promised) - removed ^ set(edited.model.state_dict()))
         num = sum(edit.num_parameters for edit in edits)
         yield _check("structure", name, wrong, f"{len(edits)} modules, {num:,} values added")
-    gone = sorted(before - without) if edited.surgery is None else []
-    if gone:
-        yield _check("structure", "model", gone, "")
 
 
 def _identity(edited: EditedModel, inputs: Inputs | None) -> Iterator[Check]:
@@ -194,8 +189,6 @@ def _as_loaded(found: Check, loaded: Collection[str]) -> Check:
 
 
 def _revert(edited: EditedModel, inputs: Inputs | None) -> Iterator[Check]:
-    with edited.disabled():
-        pass
     with edited.paused() as base:
         later = snapshot(base, values=False)
         first = None if inputs is None else _outputs(base, inputs)

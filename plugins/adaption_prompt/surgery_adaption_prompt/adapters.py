@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from surgery_adaption_prompt.architectures import Contexts
 from surgery_adaption_prompt.attention import AdaptedAttention
 from surgery_adaption_prompt.checkpoints import adapter_state, load_state_
-from surgery_adaption_prompt.composition import Composition, composition_rule, parameter_names
+from surgery_adaption_prompt.composition import Composition, composed_adapters
 from surgery_adaption_prompt.config import AdaptionPromptConfig
 from surgery_adaption_prompt.facade import BaseFacade
 from surgery_adaption_prompt.fixed_rows import FixedRows, Rows, fixed_rows_rule
@@ -376,8 +376,8 @@ class AdapterManager(BaseFacade):
             return
         modules = {name: prompt_modules(name, self.swap_state) for name in composition.weights}
         derived = Derived(kind=COMPOSED, variant=self._derived_name(COMPOSED), choice=composition)
-        loans = {name: parameter_names(name) for name in composition.weights}
-        self._derive(composition_rule(composition, modules), derived, loans=loans)
+        composed = composed_adapters(composition, modules)
+        self._derive(composed.rule, derived, loans=composed.loans)
 
     def _rows_of(self, adapter_names: Sequence[str]) -> Rows:
         with self._loaded(adapter_names), self.sharing.lock:

@@ -1,8 +1,7 @@
 """`AdaptedAttention`: a base attention module with adaption prompts added to what it computes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, partial, update_wrapper
-from types import MethodType
+from functools import cache
 from typing import Any, Protocol, Self
 
 import torch
@@ -17,7 +16,7 @@ from surgery_adaption_prompt.parts import (
     PromptPart,
     Sharing,
 )
-from surgery_core import ContractError
+from surgery_core import ContractError, dispatch_again, is_dispatched
 
 TERMS = "adaption_terms"
 """Keyword by which a forward asks for its term in a list, to add it itself."""
@@ -231,42 +230,11 @@ def undispatched(base: nn.Module) -> nn.Module:
     Args:
         base: An attention module; not changed.
     """
-    if not _is_dispatched(base):
+    if not is_dispatched(base):
         return base
     bare = type(base).__new__(type(base))
     vars(bare).update({name: value for name, value in vars(base).items() if name != "forward"})
     return bare
-
-
-def _is_dispatched(base: nn.Module) -> bool:
-    """Tell whether a module has a forward of accelerate's that a wrapper can have too."""
-    state = vars(base)
-    forward, hook = state.get("forward"), state.get("_hf_hook")
-    return (
-        isinstance(forward, partial)
-        and forward.args == (base,)
-        and getattr(state.get("_old_forward"), "__func__", None) is type(base).forward
-        # Several hooks may be chained in one.
-        and all(
-            type(each).__name__ == "AlignDevicesHook" and not getattr(each, "offload", True)
-            for each in getattr(hook, "hooks", (hook,))
-        )
-    )
-
-
-def _dispatch_again(adapted: AdaptedAttention, base: nn.Module) -> None:
-    """Give a wrapper the forward of accelerate's that its base has, for its own."""
-    if not _is_dispatched(base):
-        msg = (
-            f"Module {type(base).__name__} cannot be wrapped: expected its class's own forward, got "
-            "a patched one, which would be called in place of the wrapper's. Remove what patched it."
-        )
-        raise ContractError(msg, fqn="", expected="its class's own forward", actual=type(base))
-    state = vars(adapted)
-    state["_old_forward"] = MethodType(type(adapted).forward, adapted)
-    state["forward"] = update_wrapper(
-        partial(state["forward"].func, adapted), state["_old_forward"]
-    )
 
 
 def compose(
@@ -352,8 +320,13 @@ def _restore(
     del vars(adapted)["_is_full_backward_hook"]
     # Of the base, which would be called in place of the wrapper.
     vars(adapted).pop("_compiled_call_impl", None)
-    if "forward" in vars(base):
-        _dispatch_again(adapted, base)
+    if "forward" in vars(base) and not is_dispatched(base):
+        msg = (
+            f"Module {type(base).__name__} cannot be wrapped: expected its class's own forward, got "
+            "a patched one, which would be called in place of the wrapper's. Remove what patched it."
+        )
+        raise ContractError(msg, fqn="", expected="its class's own forward", actual=type(base))
+    dispatch_again(adapted)
     if buffers:
         vars(adapted).update(
             _buffers={**base._buffers, **buffers},  # noqa: SLF001 (same)

@@ -6,28 +6,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from surgery_adaption_prompt.architectures import architecture_of
 from surgery_adaption_prompt.attention import AdaptedAttention, compose
 from surgery_adaption_prompt.parts import GATE, PROMPT, PromptPart
 from surgery_core import (
-    BoundRule,
-    Effects,
-    Operation,
+    Composed,
     OptionsError,
-    Rule,
-    Selector,
     Site,
     SurgeryError,
-    TensorSpec,
-    Tree,
-    Where,
+    WeightedSum,
+    composed_names,
 )
-
-NAME = "adaption_prompt_composition"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,85 +99,35 @@ class Composition:
         return cls(values["weights"])
 
 
-def parameter_names(adapter_name: str) -> dict[str, str]:
-    """Return the names an adapter's parameters have in a composition, with those it gives them.
+class PromptSum(WeightedSum[AdaptedAttention]):
+    """Put several adapters at once on their attention modules; not offered to sessions."""
 
-    Example:
-        >>> parameter_names("v1.0")
-        {'adaption_prompt_v1%2E0': 'adaption_prompt', 'adaption_gate_v1%2E0': 'adaption_gate'}
-    """
-    # A dot would begin another segment of the FQN.
-    key = adapter_name.replace("%", "%25").replace(".", "%2E")
-    return {f"{PROMPT}_{key}": PROMPT, f"{GATE}_{key}": GATE}
-
-
-class CompositionOperation(Operation[Composition]):
-    """Put several adapters at once on their attention modules; not offered to sessions.
-
-    Args:
-        adapters: Modules by FQN in the base, by adapter name.
-    """
-
-    name = NAME
+    name = "adaption_prompt_composition"
     summary = "Several adaption prompts at once, each with a weight."
+    parameters = (PROMPT, GATE)
 
-    def __init__(self, adapters: Mapping[str, Mapping[str, AdaptedAttention]]) -> None:
-        self._adapters = adapters
-
-    def parse_options(self, options: Mapping[str, Any]) -> Composition:
-        """Read the weights."""
-        return Composition(options["weights"])
-
-    def targets(self, tree: Tree, options: Composition) -> Selector:  # noqa: ARG002 (any tree)
-        """Choose every module that one of the adapters is for."""
-        fqns = frozenset(fqn for name in options.weights for fqn in self._adapters[name])
-        return Where(lambda fqn, _: fqn in fqns, f"attention modules of {options}")
-
-    def describe(self, site: Site, options: Composition) -> Effects:
-        """Return the tensors of every adapter that is for the module."""
-        own = self._parameters(site, options)
-        return Effects(
-            added=tuple(
-                TensorSpec(
-                    name=name,
-                    shape=tuple(parameter.shape),
-                    dtype=str(parameter.dtype).removeprefix("torch."),
-                    trainable=parameter.requires_grad,
-                )
-                for name, parameter in own.items()
-            )
-        )
-
-    def build(self, site: Site, options: Composition) -> AdaptedAttention:
+    def join(
+        self, site: Site, modules: Mapping[str, AdaptedAttention], weights: Mapping[str, float]
+    ) -> AdaptedAttention:
         """Return the attention module of the site, wrapped for all of them."""
         parts = []
-        for name, weight in options.weights.items():
-            if site.fqn in self._adapters[name]:
-                (part,) = self._adapters[name][site.fqn].prompts
-                prompt, gate = parameter_names(name)
-                parts.append(
-                    PromptPart(part.config, weight=weight, prompt_name=prompt, gate_name=gate)
-                )
+        for name, module in modules.items():
+            (part,) = module.prompts
+            prompt, gate = composed_names(name, self.parameters)
+            parts.append(
+                PromptPart(part.config, weight=weights[name], prompt_name=prompt, gate_name=gate)
+            )
         architecture = architecture_of(site.module, fqn=site.fqn)
-        return compose(site.module, architecture, parts, self._parameters(site, options))
-
-    def _parameters(self, site: Site, options: Composition) -> dict[str, nn.Parameter]:
-        return {
-            own: getattr(self._adapters[name][site.fqn], given)
-            for name in options.weights
-            if site.fqn in self._adapters[name]
-            for own, given in parameter_names(name).items()
-        }
+        return compose(site.module, architecture, parts, self.borrowed(modules))
 
 
-def composition_rule(
+def composed_adapters(
     composition: Composition, adapters: Mapping[str, Mapping[str, AdaptedAttention]]
-) -> BoundRule:
-    """Return the rule that puts a composition on a model.
+) -> Composed:
+    """Return what puts a composition on a model.
 
     Args:
         composition: Adapters and weights.
         adapters: Their modules by FQN in the base, by adapter name.
     """
-    rule = Rule(operation=NAME, options={"weights": dict(composition.weights)})
-    return BoundRule(rule=rule, operation=CompositionOperation(adapters))
+    return PromptSum(adapters).composed(composition.weights)

@@ -10,7 +10,7 @@ from torch import nn
 from surgery_adaption_prompt import trainable_copy
 from surgery_adaption_prompt.architectures import architecture_of, attention_modules
 from surgery_adaption_prompt.attention import AdaptedAttention, adapt, parameter_dtype
-from surgery_adaption_prompt.composition import Composition, composition_rule, parameter_names
+from surgery_adaption_prompt.composition import Composition, composed_adapters
 from surgery_adaption_prompt.config import (
     CLASSIFICATION_HEADS,
     AdaptionPromptConfig,
@@ -36,6 +36,7 @@ from surgery_core import (
     Where,
     execution_device,
     listed,
+    modules_of,
 )
 
 NAME = "adaption_prompt"
@@ -133,17 +134,8 @@ class AdaptionPromptOperation(Operation[AdaptionPromptConfig]):
         Raises:
             OptionsError: A weight is not finite, or an adapter cannot be active beside others.
         """
-        modules = {
-            variant.name: {
-                fqn: module
-                for fqn, module in variant.modules.items()
-                if isinstance(module, AdaptedAttention)
-            }
-            for variant in variants
-        }
-        composition = Composition({variant.name: variant.weight for variant in variants})
-        loans = {name: parameter_names(name) for name in modules}
-        return Composed(rule=composition_rule(composition, modules), loans=loans)
+        weights = {variant.name: variant.weight for variant in variants}
+        return composed_adapters(Composition(weights), modules_of(variants, AdaptedAttention))
 
     def read_saved(self, source: str, model: nn.Module, options: Mapping[str, Any]) -> Saved | None:
         """Read PEFT's and our folders, and the files of LLaMA-Adapter V1 and litgpt.

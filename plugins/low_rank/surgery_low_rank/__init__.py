@@ -1,6 +1,5 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685) for `surgery_core`."""
 
-from surgery_low_rank.composition import Composition
 from surgery_low_rank.functional import low_rank_delta, low_rank_term
 from surgery_low_rank.linear import LowRankLinear, Part
 from surgery_low_rank.merging import Merge, merge_
@@ -10,7 +9,6 @@ from surgery_low_rank.options import LowRankOptions
 __version__ = "0.1.0.dev0"
 
 __all__ = [
-    "Composition",
     "LowRankLinear",
     "LowRankOperation",
     "LowRankOptions",

@@ -1,16 +1,13 @@
 """The rule that gives linear layers two narrow matrices, as an operation of the core."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.parameter import is_lazy
 
 from surgery_core import (
     Composed,
-    ContractError,
     Effects,
     NoMatchError,
     Operation,
@@ -21,7 +18,7 @@ from surgery_core import (
     Tree,
     WeightedVariant,
     Where,
-    check_forward,
+    check_linear,
     listed,
 )
 from surgery_low_rank import peft_format
@@ -92,13 +89,7 @@ class LowRankOperation(Operation[LowRankOptions]):
             ContractError: The layer has a low-rank term already, or has no shape yet, or is not
                 called, or its forward is patched, or accelerate loads its weights with each call.
         """
-        for expected, actual, fix in _problems(site):
-            msg = (
-                f"Operation {NAME!r} cannot work at {site.fqn!r}: expected {expected}, got {actual}. "
-                f"{fix}."
-            )
-            raise ContractError(msg, fqn=site.fqn, expected=expected, actual=actual)
-        check_forward(site, NAME)
+        check_linear(site, NAME, added=(A, B))
         dtype = str(parameter_dtype(site.module, options.dtype)).removeprefix("torch.")
         # The targets are linear layers.
         shapes = added_shapes(site.module, options)  # type: ignore[arg-type]
@@ -150,26 +141,3 @@ class LowRankOperation(Operation[LowRankOptions]):
         """
         own = {fqn: m for fqn, m in modules.items() if isinstance(m, LowRankLinear)}
         peft_format.write_folder(Path(folder), self.parse_options(options), own)
-
-
-def _problems(site: Site) -> Iterator[tuple[str, str, str]]:
-    """Yield why a layer cannot have a term: what was expected, what there is, what to do."""
-    module = site.module
-    if any(hasattr(module, name) for name in (A, B)):
-        yield (
-            f"a layer without {A!r} and {B!r}",
-            "one that has them",
-            "Revert what was applied before, or exclude the layer",
-        )
-    if any(is_lazy(parameter) for parameter in module.parameters()):
-        yield "a layer with shapes", "a lazy one", "Run the model once before planning"
-    # Both read the weights of these layers, and call none of them; the second in its fast path.
-    readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-    owner = next((s.container for s in site.slots if isinstance(s.container, readers)), None)
-    if owner is not None or isinstance(module, NonDynamicallyQuantizableLinear):
-        reader = "MultiheadAttention" if owner is None else type(owner).__name__
-        yield (
-            "a layer that is called",
-            f"one whose weight {reader} reads",
-            "Exclude it: what was added would be passed over",
-        )
