@@ -11,7 +11,10 @@ help:
 	@echo 'make test       every test, and the core alone from its wheel'
 	@echo 'make test-fast  the tests that take less than a second each'
 	@echo 'make test-thorough  the property tests with ten times as many examples'
-	@echo 'make lint types bench docs-tables clean'
+	@echo 'make docs       the documentation as a site, in site/'
+	@echo 'make dist       a wheel and an sdist of every distribution, in dist/'
+	@echo 'make test-matrix PYTHON=... TORCH=... TRANSFORMERS=...  every test with other versions'
+	@echo 'make lint types bench study docs-tables clean'
 
 # torch first and pinned, so that nothing else chooses its version.
 .venv/.torch:
@@ -19,11 +22,11 @@ help:
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	touch $@
 
-.venv/.demo: .venv/.torch demo/requirements.txt pyproject.toml plugins/adaption_prompt/pyproject.toml plugins/low_rank/pyproject.toml plugins/scale_shift/pyproject.toml
-	$(BIN)/python -m pip install --quiet -e . -e plugins/adaption_prompt -e plugins/low_rank -e plugins/scale_shift -r demo/requirements.txt
+.venv/.demo: .venv/.torch demo/requirements.txt pyproject.toml plugins/adaption_prompt/pyproject.toml plugins/low_rank/pyproject.toml plugins/scale_shift/pyproject.toml plugins/training/pyproject.toml
+	$(BIN)/python -m pip install --quiet -e . -e plugins/adaption_prompt -e plugins/low_rank -e plugins/scale_shift -e plugins/training -r demo/requirements.txt
 	touch $@
 
-.venv/.test: .venv/.demo tests/requirements.txt
+.venv/.test: .venv/.demo tests/requirements.txt docs/requirements.txt
 	$(BIN)/python -m pip install --quiet -r tests/requirements.txt
 	touch $@
 
@@ -51,9 +54,9 @@ test-thorough: .venv/.test
 # The core from its built wheel, in an environment that has neither plugin nor transformers.
 .PHONY: test-core-alone
 test-core-alone: .venv-core/.torch
-	rm -rf dist
-	.venv-core/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist . ./plugins/adaption_prompt
-	.venv-core/bin/python -m pip install --quiet --force-reinstall --no-deps dist/surgery_core-*.whl
+	rm -rf .venv-core/wheels
+	.venv-core/bin/python -m pip wheel --quiet --no-deps --wheel-dir .venv-core/wheels .
+	.venv-core/bin/python -m pip install --quiet --force-reinstall --no-deps .venv-core/wheels/surgery_core-*.whl
 	cd tests && ../.venv-core/bin/python -m pytest -n 2 core property/test_core_*.py
 
 .venv-core/.torch: tests/requirements-core.txt pyproject.toml
@@ -72,6 +75,35 @@ lint: .venv/.test
 types: .venv/.test
 	$(BIN)/mypy
 
+# Of the sources alone: nothing is imported, so no torch is needed.
+.PHONY: docs
+docs: .venv-docs/.docs
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+
+.venv-docs/.docs: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet -r docs/requirements.txt
+	touch $@
+
+# Each wheel is built from its sdist.
+.PHONY: dist
+dist: .venv/.test
+	rm -rf dist
+	for folder in . plugins/*; do $(BIN)/python -m build --no-isolation --outdir dist $$folder || exit 1; done
+	$(BIN)/python -m twine check --strict dist/*
+
+# One cell of the matrix, in an environment of its own; docs/reference/compatibility.md says how.
+TRANSFORMERS :=
+TESTS := tests
+MATRIX = .venv-matrix/$(shell echo '$(notdir $(PYTHON)) $(TORCH) $(TRANSFORMERS)' | tr -cs 'A-Za-z0-9.\n' '-')
+.PHONY: test-matrix
+test-matrix:
+	$(PYTHON) -m venv $(MATRIX)
+	$(MATRIX)/bin/python -m pip install --quiet $(TORCH)
+	$(MATRIX)/bin/python -m pip install --quiet $(foreach folder,. $(wildcard plugins/*),-e $(folder)) -r tests/requirements.txt
+	$(if $(TRANSFORMERS),$(MATRIX)/bin/python -m pip install --quiet --upgrade $(TRANSFORMERS))
+	$(MATRIX)/bin/python -m pytest -n 2 $(TESTS)
+
 .PHONY: docs-tables
 docs-tables: .venv/.test
 	$(BIN)/python docs/make_tables.py
@@ -81,6 +113,12 @@ docs-tables: .venv/.test
 bench: .venv/.test
 	$(BIN)/python benchmarks/bench.py --out-dir benchmarks/results
 
+# Goes on where it was; begins anew if benchmarks/results/quality.jsonl is moved away.
+.PHONY: study
+study: .venv/.test
+	$(BIN)/python benchmarks/quality/study.py run
+	$(BIN)/python benchmarks/quality/study.py report
+
 .PHONY: clean
 clean:
-	rm -rf .venv .venv-core dist build
+	rm -rf .venv .venv-core .venv-docs .venv-matrix dist build site

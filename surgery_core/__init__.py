@@ -1,5 +1,6 @@
 """Plan, apply and revert changes to the modules of a PyTorch model, with operations from plugins."""
 
+from surgery_core.atomic import write_files
 from surgery_core.carry import CarryOver
 from surgery_core.composing import WeightedSum, composed_names, finite_weights, modules_of
 from surgery_core.editing import EditedModel, ModelPlan
@@ -33,6 +34,7 @@ from surgery_core.fx import (
 from surgery_core.hookspecs import hookimpl
 from surgery_core.model_document import ModelDocument
 from surgery_core.operation import (
+    BASE,
     BoundRule,
     Composed,
     Effects,
@@ -40,9 +42,12 @@ from surgery_core.operation import (
     Rule,
     Saved,
     TensorSpec,
+    WeightedModule,
     WeightedVariant,
 )
+from surgery_core.overlay import Overlay, make_overlay, replacement_device
 from surgery_core.patterns import GraphMatch, PatternSelector, find_pattern
+from surgery_core.pickled import load_pickled
 from surgery_core.plan import Edit, PlanDocument, fingerprint
 from surgery_core.plugins import PluginInfo, Plugins
 from surgery_core.preflight import Diagnostic, check_preflight, diagnose, execution_device
@@ -59,6 +64,26 @@ from surgery_core.selectors import (
     parse_selector,
 )
 from surgery_core.session import Session, load
+from surgery_core.settings import load_settings
+from surgery_core.sharded import (
+    is_sharded,
+    one_writer,
+    replicate_,
+    reshard_,
+    whole_module,
+    whole_tensor,
+    whole_tensors,
+)
+from surgery_core.sharing import (
+    Selection,
+    Shareable,
+    Sharing,
+    repeats_of,
+    require_names,
+    rows_at,
+    select,
+    weights_of,
+)
 from surgery_core.shown import Shown, format_table
 from surgery_core.slots import Site, Slot, SlotIndex
 from surgery_core.surgery import Plan, Replacement, Surgery
@@ -67,9 +92,10 @@ from surgery_core.tensors import load_tensors_
 from surgery_core.transaction import OnWrite, Transaction, passing_places
 from surgery_core.verify import Check, Verification, verify
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
+    "BASE",
     "BoundRule",
     "CarryOver",
     "Check",
@@ -99,6 +125,7 @@ __all__ = [
     "OnWrite",
     "Operation",
     "OptionsError",
+    "Overlay",
     "PatternSelector",
     "Plan",
     "PlanDocument",
@@ -114,9 +141,12 @@ __all__ = [
     "Replacement",
     "Rule",
     "Saved",
+    "Selection",
     "Selector",
     "SelectorError",
     "Session",
+    "Shareable",
+    "Sharing",
     "Shown",
     "Site",
     "Slot",
@@ -132,6 +162,7 @@ __all__ = [
     "UnknownOperationError",
     "VariantError",
     "Verification",
+    "WeightedModule",
     "WeightedSum",
     "WeightedVariant",
     "Where",
@@ -149,13 +180,30 @@ __all__ = [
     "format_table",
     "hookimpl",
     "is_dispatched",
+    "is_sharded",
     "listed",
     "load",
+    "load_pickled",
     "load_recipe",
+    "load_settings",
     "load_tensors_",
+    "make_overlay",
     "modules_of",
+    "one_writer",
     "parse_selector",
     "passing_places",
     "read_record",
+    "repeats_of",
+    "replacement_device",
+    "replicate_",
+    "require_names",
+    "reshard_",
+    "rows_at",
+    "select",
     "verify",
+    "weights_of",
+    "whole_module",
+    "whole_tensor",
+    "whole_tensors",
+    "write_files",
 ]

@@ -1,5 +1,6 @@
 """The command line: plan, apply, verify and show what recipes and records say of models."""
 
+import functools
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,8 +23,10 @@ from surgery_core.cli_output import errors_reported, print_json, print_shown, pr
 from surgery_core.compare import differences
 from surgery_core.editing import EditedModel, ModelPlan
 from surgery_core.errors import OptionsError, RecordError, listed
+from surgery_core.hookspecs import COMMANDS_GROUP, Command
 from surgery_core.model_document import ModelDocument
 from surgery_core.operation import Rule
+from surgery_core.plugins import Plugins
 from surgery_core.recipe import parse_recipe
 from surgery_core.recipe_schema import recipe_schema
 from surgery_core.record import RECORD_FILE, read_record, show_record
@@ -33,11 +36,9 @@ from surgery_core.slots import Slot
 from surgery_core.verify import ALL_TIERS, DEFAULT_TIERS, Tier, Verification
 from surgery_core.verify import verify as verify_model
 
-app = typer.Typer(
-    help="Plan, apply and verify changes to the modules of PyTorch models.",
-    no_args_is_help=True,
-    add_completion=True,
-)
+HELP = "Plan, apply and verify changes to the modules of PyTorch models."
+
+app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=True)
 
 VERIFIED_COLUMNS = ("model", "check", "of", "outcome", "detail")
 
@@ -321,12 +322,35 @@ _UsageError: Any = typer.BadParameter.__base__
 """Root of typer's errors about wrong usage, which typer does not export by its own name."""
 
 
+def with_commands(plugins: Plugins) -> typer.Typer:
+    """Return the command line with the commands of plugins, which have a panel of their own."""
+    found = typer.Typer(help=HELP, no_args_is_help=True, add_completion=True)
+    found.callback()(main)
+    found.registered_commands += app.registered_commands
+    for info in plugins.infos:
+        for name in info.commands:
+            panel = f"Commands of {info.distribution or info.name}"
+            found.command(name, rich_help_panel=panel)(_reported(plugins.commands[name]))
+    for error in plugins.broken.values():
+        typer.echo(f"warning: {error}", err=True)
+    return found
+
+
+def _reported(command: Command) -> Command:
+    @functools.wraps(command)
+    def run_command(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401 (passed through)
+        with errors_reported():
+            command(*args, **kwargs)
+
+    return run_command
+
+
 def run() -> None:
     """Run the command line; wrong usage exits with 1, since 2 means that there are changes."""
     # Last, so that nothing there hides what is installed.
     sys.path.append(str(Path.cwd()))
     try:
-        status = app(standalone_mode=False)
+        status = with_commands(Plugins(group=COMMANDS_GROUP))(standalone_mode=False)
     except _UsageError as err:
         err.show()
         status = 1

@@ -11,7 +11,7 @@ from torch import nn
 
 from surgery_core.documents import SUFFIXES, is_document
 from surgery_core.errors import OptionsError, listed
-from surgery_core.recipe import ModelRecipe, Recipe, load_recipe
+from surgery_core.recipe import ModelRecipe, Recipe, load_recipe, parse_recipe
 from surgery_core.record import RECORD_FILE, Record, read_record
 from surgery_core.session import Session
 
@@ -86,7 +86,7 @@ def read_target(
     if (Path(source) / RECORD_FILE).is_file() or not folders:
         folders = {ONLY_MODEL: Path(source)}
     records = {name: read_record(folder) for name, folder in folders.items()}
-    recipe = Recipe(models={name: record.recipe for name, record in records.items()})
+    recipe = parse_recipe({"models": {name: record.recipe for name, record in records.items()}})
     return Target(recipe=with_sources(recipe, models), records=records)
 
 

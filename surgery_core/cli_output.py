@@ -96,15 +96,21 @@ def print_shown(shown: Shown) -> None:
     # Names come from files: square brackets in them are no markup.
     console = Console(markup=False, emoji=False, highlight=False)
     table = Table(*shown.columns)
-    for row in shown.rows:
+    rows = [tuple(map(_printable, row)) for row in shown.rows]
+    for row in rows:
         table.add_row(*row)
     wanted = console.measure(table, options=console.options.update(width=UNFOLDED)).maximum
     if not console.is_terminal:
         console.width = UNFOLDED
     elif wanted > console.width:
         table = Table(Column(overflow="fold"), Column(overflow="fold"), show_header=False)
-        for row in shown.rows:
+        for row in rows:
             for cells in zip(shown.columns, row, strict=True):
                 table.add_row(*cells)
             table.add_section()
-    console.print(shown.title, table, *shown.notes, sep="\n")
+    console.print(_printable(shown.title), table, *map(_printable, shown.notes), sep="\n")
+
+
+def _printable(text: str) -> str:
+    """Write what is not printable as escapes: a terminal would obey names that a file made up."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -3,6 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from torch import nn
@@ -19,6 +20,7 @@ from surgery_core.operation import (
 )
 from surgery_core.selectors import Selector, Tree, Where
 from surgery_core.slots import Site
+from surgery_core.swap import Loans, Variants
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -33,7 +35,7 @@ class WeightedSum(Operation[Mapping[str, float]], Generic[ModuleT]):
     """
 
     parameters: tuple[str, ...]
-    """Names of the parameters that a variant's module has."""
+    """Names of the parameters that a variant's module has; see `names_of`."""
 
     def __init__(self, variants: Mapping[str, Mapping[str, ModuleT]]) -> None:
         self._variants = variants
@@ -49,6 +51,15 @@ class WeightedSum(Operation[Mapping[str, float]], Generic[ModuleT]):
             modules: Of the variants that are for it, by name.
             weights: Of all variants.
         """
+
+    def names_of(self, module: ModuleT) -> Sequence[str]:
+        """Return the names of the parameters that a variant's module has; `parameters` for all.
+
+        Args:
+            module: One of the variant's, whose others have the same.
+        """
+        del module
+        return self.parameters
 
     def parse_options(self, options: Mapping[str, Any]) -> Mapping[str, float]:
         """Return the weights."""
@@ -74,7 +85,7 @@ class WeightedSum(Operation[Mapping[str, float]], Generic[ModuleT]):
         return {
             own: getattr(module, given)
             for name, module in modules.items()
-            for own, given in composed_names(name, self.parameters).items()
+            for own, given in composed_names(name, self.names_of(module)).items()
         }
 
     def composed(self, weights: Mapping[str, float]) -> Composed:
@@ -82,7 +93,11 @@ class WeightedSum(Operation[Mapping[str, float]], Generic[ModuleT]):
         rule = Rule(operation=self.name, options={"weights": dict(weights)})
         return Composed(
             rule=BoundRule(rule=rule, operation=self),
-            loans={name: composed_names(name, self.parameters) for name in weights},
+            loans={
+                name: composed_names(name, self.names_of(module))
+                for name in weights
+                for module in islice(self._variants[name].values(), 1)
+            },
         )
 
     def _at(self, site: Site, options: Mapping[str, float]) -> dict[str, ModuleT]:
@@ -126,3 +141,43 @@ def modules_of(
         variant.name: {fqn: m for fqn, m in variant.modules.items() if isinstance(m, cls)}
         for variant in sorted(variants, key=lambda variant: variant.name)
     }
+
+
+def compose_all(weights: Mapping[str, float], variants: Variants) -> tuple[list[BoundRule], Loans]:
+    """Return what puts variants in a model at once, each made by one operation or by several.
+
+    Args:
+        weights: Factors on what they add, by name.
+        variants: All of them.
+
+    Returns:
+        A rule for each operation, and what the modules they build borrow; for `SwapState.add`.
+
+    Raises:
+        ContractError: An operation's variants cannot be active together.
+        OptionsError: A weight is not finite.
+    """
+    operations = {
+        operation.name: operation for name in weights for operation, _ in variants[name].values()
+    }
+    rules, loans = [], {name: dict[str, str]() for name in weights}
+    for operation in operations.values():
+        own = {
+            name: {
+                fqn: module
+                for fqn, (maker, module) in variants[name].items()
+                if maker.name == operation.name
+            }
+            for name in weights
+        }
+        composed = operation.compose(
+            [
+                WeightedVariant(name=name, weight=weights[name], modules=modules)
+                for name, modules in own.items()
+                if modules
+            ]
+        )
+        rules.append(composed.rule)
+        for name, names in composed.loans.items():
+            loans[name].update(names)
+    return rules, loans

@@ -4,9 +4,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from surgery_core.snapshots import TensorValue
 from surgery_core.surgery import Surgery
 
 
@@ -49,6 +51,11 @@ def must_raise(expected: type[Exception], subject: str) -> Iterator[None]:
 def edited_fqns(surgery: Surgery) -> list[str]:
     """Return every FQN at which something was replaced, aliases included."""
     return [fqn for edit in surgery.plan.document.edits for fqn in (edit.fqn, *edit.aliases)]
+
+
+def as_dtype(value: object, dtype: torch.dtype) -> object:
+    """Return what a tensor that was taken down is in another dtype; what is no tensor stays."""
+    return TensorValue(value.tensor.to(dtype)) if isinstance(value, TensorValue) else value
 
 
 def join(fqn: str, name: str) -> str:

@@ -24,6 +24,9 @@ MAX_VALUES = 100_000
 MAX_DEPTH = 50
 """Deeper than any recipe; what works on a document may recurse."""
 
+MAX_BITS = 64
+"""Wider than any number in a recipe; Python refuses to write much wider ones in messages."""
+
 SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 
 
@@ -306,6 +309,8 @@ def _read_json(path: Path, text: str) -> Document:
 
 _KEY = r"""(?:[A-Za-z0-9_-]+|"(?:\\.|[^"\\\n])*"|'[^'\n]*')"""
 _KEYS = rf"({_KEY}(?:[ \t]*\.[ \t]*{_KEY})*)"
+_LONG_KEY = re.compile(rf"(?<![A-Za-z0-9_-])(?:{_KEY}[ \t]*\.[ \t]*){{{MAX_DEPTH + 1}}}")
+"""Of which tomllib notes every beginning, as long as they are."""
 _HEADER = re.compile(rf"[ \t]*(\[\[?)[ \t]*{_KEYS}")
 _ASSIGNMENT = re.compile(rf"[ \t]*{_KEYS}[ \t]*=")
 _TOKEN = re.compile(
@@ -317,6 +322,8 @@ _TOKEN = re.compile(
 
 
 def _read_toml(path: Path, text: str) -> Document:
+    if _LONG_KEY.search(text):
+        raise RecursionError
     try:
         data = tomllib.loads(text)
     except ValueError as err:
@@ -338,6 +345,7 @@ def _toml_lines(text: str) -> Iterator[tuple[Place, int]]:
     for number, line in _toml_statements(text):
         if header := _HEADER.match(line):
             *parents, last = _toml_keys(header[2])
+            _check_depth(len(parents))
             prefix = ()
             for key in parents:
                 prefix = (*prefix, key)
@@ -353,7 +361,14 @@ def _toml_lines(text: str) -> Iterator[tuple[Place, int]]:
                 yield prefix, number
         elif assignment := _ASSIGNMENT.match(line):
             keys = _toml_keys(assignment[1])
+            _check_depth(len(prefix) + len(keys))
             yield from (((*prefix, *keys[:end]), number) for end in range(1, len(keys) + 1))
+
+
+def _check_depth(depth: int) -> None:
+    """Stop before places are made of it, whose sizes add up to its square."""
+    if depth > MAX_DEPTH:
+        raise RecursionError
 
 
 def _toml_statements(text: str) -> Iterator[tuple[int, str]]:
@@ -400,6 +415,10 @@ def _problems(document: Document) -> Iterator[str]:
             todo += [((*place, key), value[key]) for key in reversed(value)]
         elif isinstance(value, list):
             todo += [((*place, i), value[i]) for i in reversed(range(len(value)))]
+        elif isinstance(value, int) and value.bit_length() > MAX_BITS:
+            where = f"{document.where(place)}: {describe_place(place)}"
+            got = f"one of {value.bit_length()}"
+            yield f"{where}: expected a whole number of at most {MAX_BITS} bits, got {got}. Change it."
         elif not isinstance(value, str | int | float | None) or value != value:  # noqa: PLR0124 (not a number)
             where = f"{document.where(place)}: {describe_place(place)}"
             yield f"{where}: expected text, a number, true, false or null, got {value!r:.80}. Put it in quotes."

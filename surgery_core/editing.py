@@ -1,7 +1,7 @@
 """One model of a recipe: planned with all its adapters, applied as a whole, switched, taken back."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Self
@@ -9,11 +9,20 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from surgery_core.errors import ContractError, DriftError, VariantError, listed
+from surgery_core.composing import compose_all
+from surgery_core.errors import DriftError, VariantError, listed
 from surgery_core.model_document import RULES, Choice, ModelDocument
-from surgery_core.operation import BoundRule, Composed, Operation, Saved, WeightedVariant
+from surgery_core.operation import BASE, BoundRule, Operation, Saved
 from surgery_core.optimizers import OptimizerGroup
 from surgery_core.recipe import ModelRecipe
+from surgery_core.sharded import reshard_
+from surgery_core.sharing import (
+    Selection,
+    Sharing,
+    require_names,
+    select,
+    weights_of,
+)
 from surgery_core.slots import Slot
 from surgery_core.snapshots import Snapshot, snapshot
 from surgery_core.surgery import Plan, Surgery
@@ -120,6 +129,7 @@ class EditedModel:
         self.plan = plan
         self.surgery: Surgery | None = None
         self.swap_state = SwapState(plan.model)
+        self.sharing = Sharing(self.swap_state)
         self.is_applied = False
         self.before: Snapshot | None = None
         self.loaded: set[str] = set()
@@ -156,6 +166,7 @@ class EditedModel:
             self.surgery = plan.rules[1].apply(on_write=on_write, in_place=bool(plan.adapters))
         for name, adapter in plan.adapters.items():
             self.swap_state.add(name, self._again(name, adapter))
+            self._share(name)
             if adapter.saved is not None:
                 self.load_(name, adapter.saved.state)
         self._freezing = Transaction(on_write=on_write)
@@ -190,20 +201,26 @@ class EditedModel:
             ContractError: They cannot be active together.
             DriftError: A place holds something else than was put there.
         """
+        with self.sharing.lock:
+            self._set_active(choice)
+
+    def _set_active(self, choice: Choice) -> None:
         self._require_applied()
         if isinstance(choice, str):
             self._require(choice)
+            if self.sharing.is_in_force:
+                self.sharing.require_shareable(choice)
             self.swap_state.set(choice)
             self._drop_compositions()
             return
-        weights = {name: float(weight) for name, weight in choice.items()}
-        for name in weights:
-            self._require(name)
-        composed = self._composed(weights)
+        weights = weights_of(choice)
+        require_names(weights, self.plan.adapters)
+        rules, loans = compose_all(weights, {name: self._made(name) for name in weights})
         name = next(name for name in _COMPOSITIONS if name not in self.swap_state.names)
-        plan = Plan.draft(self.plan.model, [composed.rule], originals=self.swap_state.originals())
-        self.swap_state.add(name, plan, loans=composed.loans)
+        plan = Plan.draft(self.plan.model, rules, originals=self.swap_state.originals())
+        self.swap_state.add(name, plan, loans=loans)
         try:
+            self._share(name)
             self.swap_state.set(name)
         except BaseException:
             self.swap_state.delete(name)
@@ -211,26 +228,60 @@ class EditedModel:
         self._drop_compositions(but=name)
         self._composition = weights
 
-    def _composed(self, weights: Mapping[str, float]) -> Composed:
-        operations: dict[str, Operation[Any]] = {}
-        for name in weights:
-            rules = self.plan.adapters[name].rules
-            operations |= {bound.operation.name: bound.operation for bound in rules}
-            if len(rules) > 1:
-                operations |= {"several rules": rules[0].operation}
-        if len(operations) != 1:
-            msg = (
-                f"Adapters {listed(weights)} cannot be active together: expected one operation, "
-                f"got {listed(sorted(operations))}. Make one of them the active one."
-            )
-            raise ContractError(msg, fqn="", expected=1, actual=len(operations))
-        (operation,) = operations.values()
-        return operation.compose(
-            [
-                WeightedVariant(name=name, weight=weight, modules=self.swap_state.variant(name))
-                for name, weight in weights.items()
-            ]
-        )
+    @contextmanager
+    def activated(self, choice: Choice | Sequence[Choice]) -> Iterator[Self]:
+        """Use adapters in this thread or asyncio task only; others go on with theirs.
+
+        A thread that is started inside does not inherit it. While adapters are disabled this makes
+        no difference to what is disabled: inside, the adapters named are used.
+
+        Args:
+            choice: An adapter's name, several with weights, or `"__base__"` for none; or a list with
+                one of them for each row of the batch. A batch of n times as many rows gives each to
+                n rows in succession, as beam search lays them out.
+
+        Raises:
+            VariantError: There is no such adapter.
+            OptionsError: There are no rows, or a weight is not finite.
+            ContractError: An adapter, or the active one, cannot be used beside others.
+        """
+        choices = [choice] if isinstance(choice, str | Mapping) else choice
+        with self.sharing.using(lambda: self._select(choices)):
+            yield self
+
+    def recompute_contexts(
+        self,
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Return contexts for a checkpointed forward, and for doing it again with the same adapters.
+
+        What `torch.utils.checkpoint` takes as `context_fn`.
+        """
+        return self.sharing.recompute_contexts(self._choice, self.activated)
+
+    def _choice(self) -> Choice:
+        """Return what is in the model now."""
+        active = self.active
+        return BASE if active is None or not self.swap_state.is_enabled else active
+
+    def _select(self, choices: Sequence[Choice]) -> Selection:
+        self._require_applied()
+        weights = [weights_of(choice) for choice in choices]
+        names = {name for found in weights for name in found}
+        require_names(names, self.plan.adapters)
+        return select(weights, {name: self._made(name) for name in names})
+
+    def _made(self, name: str) -> dict[str, tuple[Operation[Any], nn.Module]]:
+        """Return the modules of an adapter by FQN, each with the operation that made it."""
+        claims = self.plan.adapters[name].plan.claims
+        operations = {claim.site.fqn: claim.operation for claim in claims}
+        modules = self.swap_state.caught_up(name)
+        return {fqn: (operations[fqn], module) for fqn, module in modules.items()}
+
+    def _share(self, name: str) -> None:
+        """Let the modules of a variant be asked for what threads use, if they can be."""
+        if self.sharing.is_in_force:
+            self.sharing.require_shareable(name)
+        self.sharing.attach(self.swap_state.variant(name).values())
 
     def _drop_compositions(self, *, but: str | None = None) -> None:
         for name in _COMPOSITIONS:
@@ -240,9 +291,31 @@ class EditedModel:
 
     @contextmanager
     def disabled(self) -> Iterator[Self]:
-        """Take the active adapter out for a while; rules stay applied."""
-        with self.swap_state.disabled():
+        """Take the active adapter out for a while; rules stay applied.
+
+        Code inside `activated` goes on with what it uses.
+
+        Raises:
+            ContractError: At the end, if some code uses others by then, beside which the active one
+                cannot be; it stays out.
+        """
+        with self._taken_out():
             yield self
+
+    @contextmanager
+    def _taken_out(self) -> Iterator[None]:
+        """Have the active adapter out, whatever threads enter and leave meanwhile."""
+        with self.sharing.lock:
+            was_enabled = self.swap_state.is_enabled
+            self.swap_state.disable()
+        try:
+            yield
+        finally:
+            if was_enabled:
+                with self.sharing.lock:
+                    if self.sharing.is_in_force:
+                        self.sharing.require_shareable(self.swap_state.selected)
+                    self.swap_state.enable()
 
     @contextmanager
     def paused(self) -> Iterator[nn.Module]:
@@ -254,7 +327,7 @@ class EditedModel:
         """
         self._require_applied()
         with (
-            self.swap_state.disabled(),
+            self._taken_out(),
             nullcontext() if self.surgery is None else self.surgery.paused(),
         ):
             self._freezing.undo(subject="Model", fix="")
@@ -279,11 +352,13 @@ class EditedModel:
             name: Of an adapter, or `rules`.
 
         Returns:
-            By `fqn.name`, not copied; nothing that the base has too.
+            By `fqn.name`, not copied; nothing that the base has too. What `fully_shard` sharded is
+            so here; `whole_tensors` gathers it.
 
         Raises:
             VariantError: There is no such adapter.
         """
+        reshard_(self.model)
         if name == RULES and self.surgery is not None:
             pairs = {
                 item.site.fqn: (item.site.module, item.module) for item in self.surgery.replacements
@@ -304,7 +379,8 @@ class EditedModel:
 
         Args:
             name: Of an adapter, or `rules`.
-            state: By `fqn.name`, exactly those of `tensors(name)`; dtype and device stay.
+            state: By `fqn.name`, exactly those of `tensors(name)`, whole; dtype, device and sharding
+                of those stay.
 
         Raises:
             VariantError: There is no such adapter.
@@ -365,9 +441,15 @@ class EditedModel:
 
         Raises:
             DriftError: Somebody replaced a module that was put in place.
-            VariantError: It has been reverted already.
+            VariantError: It has been reverted already, or a thread uses an adapter.
         """
+        with self.sharing.lock:
+            self._revert()
+        return self.plan.model
+
+    def _revert(self) -> None:
         self._require_applied()
+        self._require_unused()
         selected = self.swap_state.selected
         was_enabled = self.swap_state.is_enabled
         self.swap_state.disable()
@@ -379,12 +461,13 @@ class EditedModel:
                     self.swap_state.enable()
                 raise
         self.take_back()
-        return self.plan.model
 
     def take_back(self) -> None:
         """Take back what there is; for `revert`, and after a failed `enter`."""
         self.swap_state.on_write = None
         self.swap_state.disable()
+        # What a context could not take out when it ended.
+        self.swap_state.underlay({})
         self._drop_compositions()
         for name in self.swap_state.names:
             self.swap_state.delete(name)
@@ -398,6 +481,14 @@ class EditedModel:
     def _require(self, name: str) -> None:
         if name not in self.plan.adapters:
             msg = f"Adapter {name!r} does not exist: expected one of {listed(self.adapters)}."
+            raise VariantError(msg)
+
+    def _require_unused(self) -> None:
+        used = [name for name in self.adapters if self.sharing.is_used(name)]
+        if used:
+            msg = (
+                f"Adapter {listed(used)} is in use by a thread or task: expected none. Wait for it."
+            )
             raise VariantError(msg)
 
     def _require_applied(self) -> None:

@@ -6,6 +6,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from surgery_core.overlay import Overlay
+
 Path = tuple[tuple[Mapping[str, object], str, object], ...]
 """The way from a module down to a parameter: each table, the name in it, and what was there."""
 
@@ -22,6 +24,8 @@ def _to(tensor: torch.Tensor, *, device: torch.device, dtype: torch.dtype | None
 
 def catch_up(module: nn.Module, moved: nn.Module, before: Anchor | None) -> Anchor | None:
     """Move `module` as `moved` was since its anchor was `before`; return the anchor now."""
+    if isinstance(module, Overlay) and module.overlay_base is moved:
+        module.take_over()
     now = anchor_of(moved)
     if before is not None and now is not None and before[2:] != now[2:]:
         # A dtype that did not change is not imposed: adapters may be kept in a wider one.

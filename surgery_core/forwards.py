@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from surgery_core.errors import ContractError
 from surgery_core.preflight import execution_device
+from surgery_core.sharded import is_sharded
 from surgery_core.slots import Site
 
 
@@ -23,13 +24,17 @@ def check_forward(site: Site, operation: str) -> None:
         operation: Name of the operation, for the message.
 
     Raises:
-        ContractError: Its forward is patched, or accelerate loads its weights with each call.
+        ContractError: Its forward is patched, or accelerate loads its weights with each call, or
+            they are spread over processes.
     """
     module = site.module
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     if any(tensor.is_meta for tensor in tensors) and execution_device(module) is not None:
         expected, actual = "weights that stay", "some that accelerate loads with each call"
         fix = "Give the module a device in the device map"
+    elif any(map(is_sharded, tensors)):
+        expected, actual = "whole weights", "some that are spread over processes"
+        fix = "Choose layers that stay whole, or a model that is not spread"
     elif "forward" in vars(module) and not is_dispatched(module):
         expected, actual = "its class's own forward", "a patched one"
         fix = "Remove what patched it, which would be called in place of the replacement's"

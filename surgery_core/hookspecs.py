@@ -4,7 +4,7 @@ An implementation names the arguments it wants, and must not give them defaults:
 passes an argument that has one, so such a plugin is refused when it is loaded.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pluggy
@@ -18,6 +18,17 @@ from surgery_core.surgery import Surgery
 PROJECT = "surgery_core"
 """Name of the pluggy project and of the entry-point group."""
 
+COMMANDS_GROUP = "surgery_core.commands"
+"""Entry-point group of the plugins that have commands, so that `surgery --help` loads no others."""
+
+CORE_COMMANDS = frozenset(
+    {"apply", "diff", "export", "import", "plan", "plugins", "schema", "show", "verify"}
+)
+"""Names of the core's own commands, which no plugin's can have."""
+
+Command = Callable[..., None]
+"""What a command does; its signature says, in typer's terms, which arguments it has."""
+
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
@@ -29,6 +40,21 @@ def surgery_operations() -> Iterable[Operation[Any]]:  # type: ignore[empty-body
     Called once, when the plugin is loaded. Returns operations; a name that another plugin offers
     too is an error that names both. An exception makes the plugin a broken one: reported, not
     fatal. The order between plugins does not matter.
+    """
+
+
+@hookspec
+def surgery_commands() -> Mapping[str, Command]:  # type: ignore[empty-body]
+    """Add commands to `surgery`.
+
+    Called once, when the plugin is loaded; the command line loads the entry points of group
+    `surgery_core.commands` before it does anything else, and no other plugin, so a plugin with this
+    hook names itself there as well as in `surgery_core`. Returns functions by the names of their
+    commands. What takes long to import must be imported when a command runs, not when it is offered.
+    A name that the core or another plugin has too is an error that names both. An exception makes the
+    plugin a broken one: reported, not fatal. A command ends with `typer.Exit`, or by returning; a
+    `SurgeryError` is printed with its notes, and the exit status is 1. The order between plugins does
+    not matter.
     """
 
 

@@ -76,7 +76,7 @@ def _lines(document: PlanDocument) -> Iterator[tuple[str, str, str, str]]:
     groups: dict[tuple[str, str, str, str], list[str]] = {}
     for edit in document.edits:
         pattern = _NUMBER.sub("*", edit.fqn)
-        added = describe_added(edit.added, edit.removed)
+        added = describe_added(edit.added, edit.removed, edit.retyped)
         groups.setdefault((edit.operation, pattern, edit.module, added), []).append(edit.fqn)
     for (operation, pattern, module, added), fqns in groups.items():
         where = fqns[0] or "(root)"

@@ -14,13 +14,16 @@ from surgery_core.slots import Site
 
 OptionsT = TypeVar("OptionsT")
 
+BASE = "__base__"
+"""In the place of a variant's name: none, so the model without any."""
+
 Selectors = Selector | str | Sequence[Selector | str]
 """A selector, as an object or as text, or several of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """A tensor that an edit adds.
+    """A tensor that an edit brings.
 
     Args:
         name: Key relative to the site, for example `adaption_gate`.
@@ -57,10 +60,13 @@ class Effects:
     Args:
         added: Tensors that appear.
         removed: Keys, relative to the site, that disappear.
+        retyped: Tensors that stay under their key, with another dtype or training flag, as copies of
+            the module's own; a copy of the same dtype may be named, one of another dtype must be.
     """
 
     added: tuple[TensorSpec, ...] = ()
     removed: tuple[str, ...] = ()
+    retyped: tuple[TensorSpec, ...] = ()
 
 
 class Operation(ABC, Generic[OptionsT]):
@@ -141,6 +147,41 @@ class Operation(ABC, Generic[OptionsT]):
         )
         raise ContractError(msg, fqn="", expected="one variant", actual=len(variants))
 
+    def listener(self, site: Site) -> nn.Module:
+        """Return a module that computes what the original does until the running code uses others.
+
+        Called while some thread or row uses variants of its own, for places where the active variant
+        has no module. Returns a `Shareable` with no parameters but the original's.
+
+        Raises:
+            ContractError: Variants of this operation cannot be used beside others; always, if not
+                overridden.
+        """
+        raise self._not_shared(site)
+
+    def shared(self, site: Site, rows: "Sequence[Sequence[WeightedModule]]") -> Any:  # noqa: ANN401 (between an operation and its modules)
+        """Return what the operation's modules use at a site, in place of their own parameters.
+
+        Args:
+            site: Where.
+            rows: For each row of the batch, the modules it gets, which may be none. Rows that get the
+                same have the same objects. A single row stands for a whole batch, of any size.
+
+        Raises:
+            ContractError: Variants of this operation cannot be used beside others; always, if not
+                overridden.
+        """
+        del rows
+        raise self._not_shared(site)
+
+    def _not_shared(self, site: Site) -> ContractError:
+        expected, actual = "an operation whose variants can be used beside others", self.name
+        msg = (
+            f"Variants of operation {self.name!r} cannot be used by row or by thread at "
+            f"{site.fqn!r}: expected {expected}. Make one of them the active one."
+        )
+        return ContractError(msg, fqn=site.fqn, expected=expected, actual=actual)
+
     def read_saved(
         self, source: str, model: nn.Module, options: Mapping[str, Any]
     ) -> "Saved | None":
@@ -203,6 +244,21 @@ class WeightedVariant:
     name: str
     weight: float
     modules: Mapping[str, nn.Module]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WeightedModule:
+    """A module of a variant that a row of a batch gets.
+
+    Args:
+        name: Of the variant.
+        weight: Factor on what it adds, dimensionless.
+        module: Has the parameters.
+    """
+
+    name: str
+    weight: float
+    module: nn.Module
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from surgery_core.errors import ConflictError, ContractError, NoMatchError, listed
+from surgery_core.errors import ConflictError, ContractError, NoMatchError, StateError, listed
 from surgery_core.operation import BoundRule, Effects, Operation, Selectors, TensorSpec
 from surgery_core.selectors import Selector, Tree, closest, parse_selector
+from surgery_core.sharded import unsharded_class, whole_shape
 from surgery_core.slots import Site, SlotIndex
 
 
@@ -36,10 +37,11 @@ class Edit:
     module: str
     added: tuple[TensorSpec, ...]
     removed: tuple[str, ...]
+    retyped: tuple[TensorSpec, ...] = ()
 
     @property
     def num_parameters(self) -> int:
-        """How many values the edit adds."""
+        """How many values the edit adds; copies under the base's keys do not count."""
         return sum(_numel(spec.shape) for spec in self.added)
 
 
@@ -73,7 +75,7 @@ class PlanDocument:
         """
         try:
             return cls.from_mapping(json.loads(text))
-        except (KeyError, TypeError, ValueError, AttributeError) as err:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as err:
             msg = f"Text is not a plan: expected what PlanDocument.to_json() writes, got {err!r}."
             raise ContractError(msg, fqn="", expected="a plan", actual=text[:80]) from err
 
@@ -84,7 +86,8 @@ class PlanDocument:
         Raises:
             KeyError: The mapping is something else; or a `TypeError`.
         """
-        return cls(fingerprint=data["fingerprint"], edits=tuple(map(_edit, data["edits"])))
+        found = _of(data["fingerprint"], str)
+        return cls(fingerprint=found, edits=tuple(map(_edit, _of(data["edits"], list | tuple))))
 
     def render(self) -> str:
         """Write as a table for people, with totals in the last line."""
@@ -95,7 +98,7 @@ class PlanDocument:
                 edit.fqn or "(root)",
                 edit.module.rpartition(".")[2],
                 edit.operation,
-                describe_added(edit.added, edit.removed),
+                describe_added(edit.added, edit.removed, edit.retyped),
             )
             for edit in self.edits
         ]
@@ -146,6 +149,7 @@ def draft(
             module=_class_name(claim.site.module),
             added=claim.effects.added,
             removed=claim.effects.removed,
+            retyped=claim.effects.retyped,
         )
         for claim in claims
     )
@@ -170,22 +174,7 @@ def _claims_of(number: int, bound: BoundRule, index: SlotIndex) -> list[Claim]:
     rule, operation, tree = bound.rule, bound.operation, index.modules
     options = operation.parse_options(rule.options)
     subject = f"Rule {number} ({operation.name!r}):"
-    offered = tree
-    if rule.select is not None:
-        selected: set[str] = set()
-        for selector in _as_selectors(rule.select):
-            found = selector.select(tree)
-            # Each has to match: one that does not would be missed silently among the others.
-            if not found and not rule.optional:
-                _raise_no_match(f"{subject} selector", selector, tree)
-            selected |= found
-        offered = {fqn: module for fqn, module in tree.items() if fqn in selected}
-        if not offered:
-            return []
-    targets = operation.targets(offered, options)
-    chosen = targets.select(offered)
-    if not chosen and not rule.optional:
-        _raise_no_match(f"{subject} target", targets, offered)
+    chosen = _targets_of(subject, bound, options, tree)
     if rule.exclude is not None:
         ids: set[int] = set()
         for excluded in _as_selectors(rule.exclude):
@@ -215,6 +204,35 @@ def _claims_of(number: int, bound: BoundRule, index: SlotIndex) -> list[Claim]:
         )
         for site in sites.values()
     ]
+
+
+def _targets_of(subject: str, bound: BoundRule, options: Any, tree: Tree) -> frozenset[str]:  # noqa: ANN401 (the operation's)
+    """Return the targets among what a rule selects; each of its selectors has to have one."""
+    rule, offered = bound.rule, tree
+    selected: dict[Selector, frozenset[str]] = {}
+    if rule.select is not None:
+        for selector in _as_selectors(rule.select):
+            selected[selector] = selector.select(tree)
+            if not selected[selector] and not rule.optional:
+                _raise_no_match(f"{subject} selector", selector, tree)
+        fqns = frozenset[str]().union(*selected.values())
+        offered = {fqn: module for fqn, module in tree.items() if fqn in fqns}
+        if not offered:
+            return fqns
+    targets = bound.operation.targets(offered, options)
+    chosen = targets.select(offered)
+    if not chosen and not rule.optional:
+        _raise_no_match(f"{subject} target", targets, offered)
+    for selector, found in selected.items():
+        # One without effect would be missed silently among the others.
+        if not found & chosen and not rule.optional:
+            msg = (
+                f"{subject} selector {str(selector)!r} matches {listed(sorted(found))}: expected a "
+                f"target of the operation among them, got none. Its targets are {targets}. Leave "
+                "the selector out, or mark the rule as optional."
+            )
+            raise NoMatchError(msg, selector=str(selector), candidates=sorted(chosen))
+    return chosen
 
 
 def _as_selectors(value: Selectors) -> list[Selector]:
@@ -302,6 +320,48 @@ MAX_CLASHES = 5
 """How many conflicts an error message spells out."""
 
 
+def check_covered(claims: Iterable[Claim], state: Mapping[str, Tensor], *, subject: str) -> None:
+    """Refuse to make room for more values than there are to load.
+
+    What files say of themselves is not believed: a few bytes could ask for terabytes.
+
+    Args:
+        claims: Of which the replacements are not built yet.
+        state: What would be loaded into them, by `fqn.name`.
+        subject: How the error begins.
+
+    Raises:
+        StateError: There are fewer values; what is missing or of another shape is named.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    kept: set[str] = set()
+    expected = 0
+    for claim in claims:
+        added = {f"{claim.site.fqn}.{s.name}".removeprefix("."): s for s in claim.effects.added}
+        shapes |= {key: spec.shape for key, spec in added.items()}
+        expected += sum(_numel(spec.shape) for spec in added.values())
+        if claim.effects.removed:
+            # They may be among those added, under other names.
+            own = claim.site.module.state_dict(keep_vars=True)
+            expected -= sum(own[key].numel() for key in claim.effects.removed if key in own)
+            kept |= added.keys()
+    brought = sum(tensor.numel() for tensor in state.values())
+    if expected <= brought:
+        return
+    missing = sorted(shapes.keys() - state.keys() - kept)
+    mismatched = [
+        f"{key}: expected shape {shape}, got {tuple(state[key].shape)}"
+        for key, shape in sorted(shapes.items())
+        if key in state and tuple(state[key].shape) != shape
+    ]
+    msg = (
+        f"{subject}: missing {listed(missing)}; mismatched {listed(mismatched)}; expected "
+        f"{expected:,} values, got {brought:,}. Use the options and the model that they were saved "
+        "with."
+    )
+    raise StateError(msg, missing=missing, mismatched=mismatched)
+
+
 def _ancestors(fqn: str) -> Iterable[str]:
     """Yield every proper prefix of an FQN, the root last."""
     while fqn:
@@ -325,7 +385,7 @@ def _structure(modules: Tree) -> list[str]:
         lines.append(f"{fqn}:{_class_name(module)}")
         for kind, tensors in (("p", module._parameters), ("b", module._buffers)):  # noqa: SLF001 (own tensors only, in torch's registry)
             lines += [
-                f" {kind}:{name}:{tuple(tensor.shape)}:{tensor.dtype}"
+                f" {kind}:{name}:{whole_shape(tensor)}:{tensor.dtype}"
                 for name, tensor in tensors.items()
                 if tensor is not None
             ]
@@ -337,26 +397,66 @@ def _digest(modules: Tree) -> str:
 
 
 def _class_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    # A model is the same one after `fully_shard`, which gives modules classes made at run time.
+    cls = unsharded_class(module)
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _edit(data: Mapping[str, Any]) -> Edit:
-    return Edit(
+    found = Edit(
         **{
             **data,
-            "aliases": tuple(data["aliases"]),
-            "removed": tuple(data["removed"]),
-            "added": tuple(
-                TensorSpec(**{**spec, "shape": tuple(spec["shape"])}) for spec in data["added"]
-            ),
+            "aliases": _items(data["aliases"], str),
+            "removed": _items(data["removed"], str),
+            "added": _specs(data["added"]),
+            "retyped": _specs(data["retyped"]),
         }
     )
+    _of(found.rule, int)
+    _items((found.operation, found.fqn, found.module), str)
+    return found
 
 
-def describe_added(added: Sequence[TensorSpec], removed: Sequence[str] = ()) -> str:
+def _specs(data: object) -> tuple[TensorSpec, ...]:
+    found = tuple(
+        TensorSpec(**{**spec, "shape": _items(spec["shape"], int)})
+        for spec in _items(data, Mapping)
+    )
+    for spec in found:
+        _items((spec.name, spec.dtype), str)
+        _of(spec.trainable, bool)
+        if any(not 0 <= size < MAX_SIZE for size in spec.shape):
+            msg = f"expected sizes from 0 to {MAX_SIZE}, got others in {spec.name!r}"
+            raise ValueError(msg)
+    return found
+
+
+MAX_SIZE = 2**63
+"""Sizes of tensors are below it, and numbers that Python refuses to write are above."""
+
+
+def _of(value: Any, kind: Any) -> Any:  # noqa: ANN401 (plain data)
+    """Return a value if it is of a type, or of one of several."""
+    if not isinstance(value, kind):
+        msg = f"expected {kind}, got {value!r:.80}"
+        raise TypeError(msg)
+    return value
+
+
+def _items(values: object, kind: type) -> tuple[Any, ...]:
+    """Return the items of a list, if they are all of a type."""
+    return tuple(_of(value, kind) for value in _of(values, list | tuple))
+
+
+def describe_added(
+    added: Sequence[TensorSpec],
+    removed: Sequence[str] = (),
+    retyped: Sequence[TensorSpec] = (),
+) -> str:
     """Write what an edit does to the state dict."""
     parts = [f"{spec.name} {list(spec.shape)} {spec.dtype}" for spec in added]
     parts += [f"-{name}" for name in removed]
+    parts += [f"{spec.name} {list(spec.shape)} as {spec.dtype}" for spec in retyped]
     return ", ".join(parts) or "no tensors"
 
 

@@ -18,7 +18,7 @@ from surgery_core.errors import (
     UnknownOperationError,
     listed,
 )
-from surgery_core.hookspecs import PROJECT
+from surgery_core.hookspecs import COMMANDS_GROUP, CORE_COMMANDS, PROJECT, Command
 from surgery_core.operation import Operation
 from surgery_core.preflight import Diagnostic, diagnose
 from surgery_core.shown import Shown
@@ -38,6 +38,7 @@ class PluginInfo:
         hooks: Names of the hooks it implements, sorted.
         operations: Names of the operations it offers, sorted.
         error: Why it could not be loaded; None when it was.
+        commands: Names of the commands it adds to `surgery`, sorted.
     """
 
     name: str
@@ -45,6 +46,7 @@ class PluginInfo:
     hooks: tuple[str, ...]
     operations: tuple[str, ...]
     error: str | None
+    commands: tuple[str, ...] = ()
 
 
 class Plugins:
@@ -55,23 +57,26 @@ class Plugins:
 
     Args:
         plugins: Modules or objects with hook implementations; one that is broken raises.
-        discover: Also load the entry points of group `surgery_core`; one that is broken is kept in
-            `broken` and does not raise.
+        discover: Also load entry points; one that is broken is kept in `broken` and does not raise.
+        group: Of the entry points: every plugin, or those that have commands.
 
     Raises:
         PluginError: A plugin passed breaks the contract.
     """
 
-    def __init__(self, plugins: Iterable[object] = (), *, discover: bool = True) -> None:
+    def __init__(
+        self, plugins: Iterable[object] = (), *, discover: bool = True, group: str = PROJECT
+    ) -> None:
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self._operations: dict[str, tuple[Operation[Any], str]] = {}
+        self._commands: dict[str, tuple[Command, str]] = {}
         self._infos: dict[str, PluginInfo] = {}
         self.broken: dict[str, PluginError] = {}
         for plugin in plugins:
             self._load(plugin, _name_of(plugin), None)
         if discover:
-            self._discover()
+            self._discover(group)
 
     @property
     def infos(self) -> tuple[PluginInfo, ...]:
@@ -82,6 +87,11 @@ class Plugins:
     def operations(self) -> dict[str, Operation[Any]]:
         """Operations by name, sorted."""
         return {name: self._operations[name][0] for name in sorted(self._operations)}
+
+    @property
+    def commands(self) -> dict[str, Command]:
+        """Commands of plugins by name, sorted."""
+        return {name: self._commands[name][0] for name in sorted(self._commands)}
 
     def operation(self, name: str) -> Operation[Any]:
         """Return the operation of that name.
@@ -164,9 +174,9 @@ class Plugins:
                 msg = f"Plugin {implementation.plugin_name!r} failed in {hook}: {err!r}."
                 warnings.warn(msg, SurgeryWarning, stacklevel=4)
 
-    def _discover(self) -> None:
+    def _discover(self, group: str) -> None:
         blocked = {name.strip() for name in os.environ.get(BLOCK_VARIABLE, "").split(",")}
-        for entry_point in importlib.metadata.entry_points(group=PROJECT):
+        for entry_point in importlib.metadata.entry_points(group=group):
             distribution = _distribution(entry_point)
             if entry_point.name in blocked:
                 continue
@@ -209,17 +219,23 @@ class Plugins:
             hooks = _check_defaults(self._manager, plugin)
             offered = self._ask_operations(plugin)
             self._check_names(offered, owner)
+            commands = self._ask_commands(plugin)
+            self._check_commands(commands, owner)
+            if commands and distribution is not None:
+                _check_listed(name)
         except Exception as err:
             if self._manager.is_registered(plugin):
                 self._manager.unregister(plugin)
             msg = f"Plugin {owner} breaks the contract: {err}"
             raise PluginError(msg, plugin=name, distribution=distribution) from err
         self._operations.update({operation.name: (operation, owner) for operation in offered})
+        self._commands.update({name: (command, owner) for name, command in commands.items()})
         self._infos[name] = PluginInfo(
             name=name,
             distribution=distribution,
             hooks=hooks,
             operations=tuple(sorted(operation.name for operation in offered)),
+            commands=tuple(sorted(commands)),
             error=None,
         )
 
@@ -233,6 +249,32 @@ class Plugins:
                 raise TypeError(msg)
         return offered
 
+    def _ask_commands(self, plugin: object) -> dict[str, Command]:
+        others = [known for known in self._manager.get_plugins() if known is not plugin]
+        caller = self._manager.subset_hook_caller("surgery_commands", remove_plugins=others)
+        found: dict[Any, Any] = {}
+        for answer in caller():
+            if not isinstance(answer, Mapping):
+                msg = f"surgery_commands returned {answer!r}: expected functions by name."
+                raise TypeError(msg)
+            found.update(answer)
+        for name, command in found.items():
+            if not isinstance(name, str) or not callable(command):
+                msg = f"surgery_commands returned {command!r} for {name!r}: expected a function."
+                raise TypeError(msg)
+        return found
+
+    def _check_commands(self, commands: Mapping[str, Command], owner: str) -> None:
+        for name in commands:
+            by = self._commands[name][1] if name in self._commands else None
+            by = "the core" if name in CORE_COMMANDS else by
+            if by is not None:
+                msg = (
+                    f"command {name!r} is offered by {by} and by {owner}. Block one of them with "
+                    f"{BLOCK_VARIABLE}."
+                )
+                raise ValueError(msg)
+
     def _check_names(self, offered: list[Operation[Any]], owner: str) -> None:
         taken = {name: by for name, (_, by) in self._operations.items()}
         for operation in offered:
@@ -243,6 +285,16 @@ class Plugins:
                 )
                 raise ValueError(msg)
             taken[operation.name] = owner
+
+
+def _check_listed(name: str) -> None:
+    """Refuse a plugin whose commands the command line would not find."""
+    if not importlib.metadata.entry_points(group=COMMANDS_GROUP, name=name):
+        msg = (
+            f"it has commands, and no entry point {name!r} in group {COMMANDS_GROUP!r}, where the "
+            "command line looks for them. Add one."
+        )
+        raise ValueError(msg)
 
 
 def _check_defaults(manager: pluggy.PluginManager, plugin: object) -> tuple[str, ...]:

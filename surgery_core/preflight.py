@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from surgery_core.errors import PreflightError
+from surgery_core.sharded import is_fully_sharded, is_partitioned, is_sharded
 
 Level = Literal["error", "note"]
 
@@ -95,10 +96,20 @@ _KINDS = (
 
 _DISPATCHED, _LOADED_WHOLE = "dispatched by accelerate", "loaded whole by accelerate"
 _META, _COMPILED = "on the meta device", "compiled in place"
+_SPREAD, _PARTITIONED = "spread over processes", "partitioned by DeepSpeed"
 
 _PRELOADED = (
     "each call looks up the tensors inside by name, and finds none that was added. Dispatch without "
     "`preload_module_classes`."
+)
+
+_TAKEN_AWAY = (
+    "their parameters are empty between calls (ZeRO-3). Load the model without `zero.Init`, and apply "
+    "before `deepspeed.initialize`."
+)
+_PARTS = (
+    "each process has a part of their weights. Apply in all of them; what needs whole weights is "
+    "refused."
 )
 
 _STATES: Mapping[str, tuple[Level, str]] = {
@@ -107,6 +118,8 @@ _STATES: Mapping[str, tuple[Level, str]] = {
         "note",
         "weights may come and go with each call. What is added stays where they compute.",
     ),
+    _PARTITIONED: ("error", _TAKEN_AWAY),
+    _SPREAD: ("note", _PARTS),
     _META: ("note", "there are no values to compute with. Load them before running the model."),
     _COMPILED: (
         "note",
@@ -177,6 +190,9 @@ def _diagnose(model: nn.Module) -> Iterator[Diagnostic]:
                     yield Diagnostic(
                         level=kind.level, subject=kind.name, fqn=fqn, message=kind.message
                     )
+    if any(map(is_fully_sharded, model.modules())):
+        # Then that is said of it already.
+        found[_SPREAD] = []
     for state, (level, message) in _STATES.items():
         fqns = found[state]
         if fqns:
@@ -187,11 +203,16 @@ def _diagnose(model: nn.Module) -> Iterator[Diagnostic]:
 
 def _states(module: nn.Module) -> Iterator[str]:
     hooks = _dispatch_hooks(module)
+    own = [p for p in module._parameters.values() if p is not None]  # noqa: SLF001 (torch's registry)
+    if any(map(is_partitioned, own)):
+        yield _PARTITIONED
+    if any(map(is_sharded, own)):
+        yield _SPREAD
     if any(getattr(each, "offload", False) and each.place_submodules for each in hooks):
         yield _LOADED_WHOLE
     if hooks:
         yield _DISPATCHED
-    elif any(p is not None and p.is_meta for p in module._parameters.values()):  # noqa: SLF001 (torch's registry)
+    elif any(p.is_meta for p in own):
         yield _META
     # Nothing public says that `nn.Module.compile` has been called.
     if vars(module).get("_compiled_call_impl") is not None:

@@ -21,7 +21,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from surgery_core.documents import Document, Place, describe_place, write_yaml
 from surgery_core.errors import RecipeError, listed
-from surgery_core.operation import Rule
+from surgery_core.operation import BASE, Rule
 from surgery_core.recipe_document import did_you_mean, escaped, read_recipe_document
 from surgery_core.selectors import parse_selector
 
@@ -30,6 +30,9 @@ VERSION = 1
 
 _NO_NAME = set("/\\:")
 """Separate folders, and names from keys in records."""
+
+_TAKEN = {"rules": "the model's rules", BASE: "the model without an adapter"}
+"""Names that no adapter can have, and what they stand for."""
 
 
 def _checked_name(name: str) -> str:
@@ -43,8 +46,8 @@ def _checked_name(name: str) -> str:
 
 
 def _checked_adapter_name(name: str) -> str:
-    if name == "rules":
-        msg = "expected another name: this one stands for the model's rules"
+    if name in _TAKEN:
+        msg = f"expected another name: this one stands for {_TAKEN[name]}"
         raise ValueError(msg)
     return _checked_name(name)
 
@@ -78,8 +81,16 @@ def _checked_selector(text: str) -> str:
     return text
 
 
+def _checked_source(source: str) -> str:
+    if "\0" in source:
+        msg = f"expected a source without null characters, got {source!r:.80}"
+        raise ValueError(msg)
+    return source
+
+
 _Name = Annotated[str, AfterValidator(_checked_name)]
 _AdapterName = Annotated[str, AfterValidator(_checked_adapter_name)]
+_Source = Annotated[str, AfterValidator(_checked_source)]
 # Of a union, pydantic would say what is wrong with each of its parts.
 _Selectors = Annotated[
     str | tuple[str, ...], WrapValidator(lambda value, _handler: _checked_selectors(value))
@@ -167,7 +178,7 @@ class AdapterRecipe(_Strict):
     expect: int | None = Field(default=None, ge=0)
     optional: bool = False
     rules: tuple[RuleRecipe, ...] = Field(default=(), strict=False)
-    source: str | None = None
+    source: _Source | None = None
 
     @model_validator(mode="after")
     def _is_one_or_several(self) -> Self:
@@ -205,7 +216,7 @@ class ModelRecipe(_Strict):
         active: Which one; or several with weights. May be left out where there is one.
     """
 
-    source: str | None = None
+    source: _Source | None = None
     freeze: bool = True
     rules: tuple[RuleRecipe, ...] = Field(default=(), strict=False)
     adapters: dict[_AdapterName, AdapterRecipe] = {}

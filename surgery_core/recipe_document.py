@@ -21,6 +21,12 @@ from surgery_core.errors import RecipeError, listed
 _VARIABLE = re.compile(r"\$\$|\$\{([^{}]*)\}|\$\{")
 _ENVIRONMENT = "env:"
 
+MAX_EXTENDED = 50
+"""More files than any recipe is made of; two that each extend the next twice would double them."""
+
+MAX_TEXT = 1_000_000
+"""More characters than the variables of any recipe put in; variables in variables multiply."""
+
 
 def read_recipe_document(path: Path, variables: Mapping[str, str]) -> Document:
     """Read a file, lay it over those it extends, and put in the values of variables.
@@ -36,7 +42,7 @@ def read_recipe_document(path: Path, variables: Mapping[str, str]) -> Document:
         RecipeError: A file cannot be read, or names no recipes to extend; or there are variables
             without a value, which are all named.
     """
-    document = _extended(path, ())
+    document = _extended(path, (), [])
     data = dict(document.data)
     substitution = _Substitution(document)
     substitution.define(data.pop("variables", None) or {}, variables)
@@ -61,7 +67,14 @@ def did_you_mean(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     return f": did you mean {near[0]!r}?" if near else ""
 
 
-def _extended(path: Path, chain: tuple[Path, ...]) -> Document:
+def _extended(path: Path, chain: tuple[Path, ...], read: list[Path]) -> Document:
+    if len(read) == MAX_EXTENDED:
+        msg = (
+            f"Recipe {str(read[0])!r} extends more than {MAX_EXTENDED} files, the next being "
+            f"{str(path)!r}: expected fewer, each read as often as it is named. Put some together."
+        )
+        raise RecipeError(msg)
+    read.append(path)
     document = read_document(path)
     resolved = path.resolve()
     if resolved in chain:
@@ -84,7 +97,7 @@ def _extended(path: Path, chain: tuple[Path, ...]) -> Document:
         # For unknown users, Path.expanduser raises.
         below_path = path.parent / os.path.expanduser(name)  # noqa: PTH111
         try:
-            below = _extended(below_path, (*chain, resolved))
+            below = _extended(below_path, (*chain, resolved), read)
         except RecipeError as err:
             err.add_note(f"{document.where(('extends',))}: extends")
             raise
@@ -115,6 +128,7 @@ class _Substitution:
     def __init__(self, document: Document) -> None:
         self._document = document
         self._values: dict[str, Any] = {}
+        self._length = 0
         self.problems: list[str] = []
 
     def define(self, known: object, given: Mapping[str, str]) -> None:
@@ -127,14 +141,17 @@ class _Substitution:
             self.problems.append(f"{self._document.path}: no variable {name!r}{hint}")
         for name, own in known.items():
             place = ("variables", name)
-            try:
-                value = read_scalar(given[name]) if name in given else self.apply(own, place)
-            except ValueError as err:
-                self.problems.append(f"variable {name!r} is no value: {err}, got {given[name]!r}")
-                value = ""
+            value = self._given(name, given[name]) if name in given else self.apply(own, place)
             if isinstance(value, dict | list):
                 self._note(place, f"expected a single value, got {value!r:.80}")
             self._values[name] = value
+
+    def _given(self, name: str, text: str) -> Any:  # noqa: ANN401 (plain data)
+        try:
+            return read_scalar(text)
+        except ValueError as err:
+            self.problems.append(f"variable {name!r} is no value: {err}, got {text!r}")
+            return ""
 
     def apply(self, value: Any, place: Place = ()) -> Any:  # noqa: ANN401 (plain data)
         if isinstance(value, dict):
@@ -153,10 +170,20 @@ class _Substitution:
         if found[1] is not None:
             value = self._value(found[1], place)
             # Text as it is, and other values as recipes write them.
-            return value if isinstance(value, str) else json.dumps(value)
+            text = value if isinstance(value, str) else json.dumps(value)
+            self._count(text, place)
+            return text
         if found[0] == "${":
             self._note(place, "'${' begins a variable that does not end, and $$ is a dollar sign")
         return "$"
+
+    def _count(self, text: str, place: Place) -> None:
+        """Stop before variables have multiplied to more than there is memory for."""
+        self._length += len(text)
+        if self._length > MAX_TEXT:
+            where = f"{self._document.where(place)}: {describe_place(place)}"
+            msg = f"{where}: variables give more than {MAX_TEXT:,} characters. Use fewer."
+            raise RecipeError(msg)
 
     def _value(self, name: str, place: Place) -> Any:  # noqa: ANN401 (plain data)
         if name in self._values:

@@ -16,17 +16,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from surgery_core.atomic import digest_of, sync_folder, write_atomically
+from surgery_core.atomic import digest_of, made_folder, naming, sync_folder, write_atomically
 from surgery_core.editing import EditedModel, ModelPlan
 from surgery_core.errors import RecordError, StateError, SurgeryWarning, listed
-from surgery_core.plan import Edit, PlanDocument, structure
+from surgery_core.model_document import RULES
+from surgery_core.plan import Edit, PlanDocument, check_covered, structure
 from surgery_core.recipe import ModelRecipe
+from surgery_core.sharded import is_partitioned, one_writer, whole_tensors
 from surgery_core.shown import Shown
 
 RECORD_FILE = "surgery.json"
 TENSORS_FILE = "surgery.safetensors"
 FORMAT = "surgery record"
-VERSION = 1
+VERSION = 2
 
 BaseCheck = Literal["warn", "error", "ignore"]
 """What to do when a record was made of a model with the same modules and other values."""
@@ -34,7 +36,17 @@ BaseCheck = Literal["warn", "error", "ignore"]
 Planner = Callable[[nn.Module, ModelRecipe], ModelPlan]
 """Plans a model's part of a recipe; see `Session.plan_recipe`."""
 
-MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+def _with_retyped(data: dict[str, Any]) -> dict[str, Any]:
+    """Version 2 says which tensors stay under their keys with another dtype."""
+    plans = {
+        name: {**plan, "edits": [{"retyped": [], **edit} for edit in plan["edits"]]}
+        for name, plan in data["plans"].items()
+    }
+    return {**data, "version": 2, "plans": plans}
+
+
+MIGRATIONS: Mapping[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _with_retyped}
 """By version, what makes a record of the next version of one of that."""
 
 NUM_VALUES = 64
@@ -74,7 +86,9 @@ def save_record(
 ) -> None:
     """Write a record of what was done to a model, tensors included; nothing of the base's.
 
-    Whenever the process dies, the folder holds the record it held before, or the new one.
+    Whenever the process dies, the folder holds the record it held before, or the new one. Sharded
+    tensors are gathered: every process must call this then, the first one writes, and all return when
+    it has.
 
     Args:
         edited: The model, with the recipe applied.
@@ -84,11 +98,11 @@ def save_record(
     Raises:
         StateError: A tensor has no values, or values that are not finite; nothing was written.
     """
-    names = list(edited.plan.document.documents)
+    found = {name: edited.tensors(name) for name in edited.plan.document.documents}
     state = {
         f"{name}:{key}": tensor.detach().contiguous().cpu()
-        for name in names
-        for key, tensor in _checked(name, edited.tensors(name)).items()
+        for name, tensors in found.items()
+        for key, tensor in _checked(name, whole_tensors(tensors)).items()
     }
     adapters = {
         name: recipe.model_copy(update={"source": None})
@@ -116,14 +130,11 @@ def save_record(
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "tensors": {"sha256": hashlib.sha256(tensors).hexdigest(), "bytes": len(tensors)},
     }
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    _finish(target)
-    # The record names its tensors by their digest. Those of the new record wait under another name
-    # until the record is there, so that at no moment a record is without its own.
-    write_atomically(_pending(target), tensors)
-    write_atomically(target / RECORD_FILE, json.dumps(data, indent=1).encode())
-    _finish(target)
+    # Prompts may be whole in processes that have heads of one model.
+    held = [*edited.model.parameters(), *(one for own in found.values() for one in own.values())]
+    with one_writer(held) as is_writer:
+        if is_writer:
+            _write(Path(folder), json.dumps(data, indent=1).encode(), tensors)
 
 
 def read_record(folder: str | os.PathLike[str]) -> Record:
@@ -139,8 +150,9 @@ def read_record(folder: str | os.PathLike[str]) -> Record:
         plans = {name: PlanDocument.from_mapping(found) for name, found in data["plans"].items()}
         base = tuple(map(str, data["base"]["structure"]))
         values = dict(data["base"]["values"])
-        digest = data["tensors"]["sha256"]
+        digest = str(data["tensors"]["sha256"])
         operations, versions = dict(data["operations"]), dict(data["versions"])
+        _check_names(recipe, plans)
     except (FileNotFoundError, NotADirectoryError) as err:
         msg = (
             f"Folder {os.fspath(folder)!r} has no record: expected {RECORD_FILE!r} in it. Pass a "
@@ -282,6 +294,10 @@ def rematch(model: nn.Module, record: Record, plan: Planner) -> EditedModel:
 
 
 def _loaded(planned: ModelPlan, state: Mapping[str, Mapping[str, torch.Tensor]]) -> EditedModel:
+    own = {} if planned.rules is None else {RULES: planned.rules[1]}
+    own |= {name: adapter.plan for name, adapter in planned.adapters.items()}
+    for name, found in own.items():
+        check_covered(found.claims, state[name], subject=f"Tensors do not fit {name!r}")
     edited = planned.apply()
     try:
         for name, tensors in state.items():
@@ -307,22 +323,43 @@ def _checked(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return tensors
 
 
+def _write(folder: Path, record: bytes, tensors: bytes) -> None:
+    with made_folder(folder):
+        _finish(folder)
+        # The record names its tensors by their digest. Those of the new record wait under another
+        # name until the record is there, so that at no moment a record is without its own.
+        try:
+            write_atomically(_pending(folder), tensors)
+            write_atomically(folder / RECORD_FILE, record)
+        except BaseException:
+            if not _is_awaited(folder):
+                _pending(folder).unlink(missing_ok=True)
+            raise
+        _finish(folder)
+
+
 def _pending(folder: Path) -> Path:
     return folder / f"{TENSORS_FILE}.new"
 
 
 def _finish(folder: Path) -> None:
     """Put the tensors of a record in their place, also if a save was cut off just before that."""
+    if _is_awaited(folder):
+        with naming(folder / TENSORS_FILE):
+            _pending(folder).replace(folder / TENSORS_FILE)
+            sync_folder(folder)
+
+
+def _is_awaited(folder: Path) -> bool:
+    """Tell whether there are tensors under the other name that belong to the record."""
     if not _pending(folder).exists():
-        return
+        return False
     try:
         digest = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["tensors"]["sha256"]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         # Then they belong to no record.
-        return
-    if digest_of(_pending(folder)) == digest:
-        _pending(folder).replace(folder / TENSORS_FILE)
-        sync_folder(folder)
+        return False
+    return bool(digest_of(_pending(folder)) == digest)
 
 
 def _tensors(folder: Path, digest: str) -> dict[str, torch.Tensor]:
@@ -331,7 +368,7 @@ def _tensors(folder: Path, digest: str) -> dict[str, torch.Tensor]:
         if path.is_file() and digest_of(path) == digest:
             try:
                 return load_file(path)
-            except SafetensorError as err:
+            except (OSError, SafetensorError) as err:
                 msg = f"Record {str(path)!r} is damaged: {err}. Save it again."
                 raise RecordError(msg) from err
     msg = (
@@ -339,6 +376,14 @@ def _tensors(folder: Path, digest: str) -> dict[str, torch.Tensor]:
         f"SHA-256 {digest}. Restore it, or save the record again."
     )
     raise RecordError(msg)
+
+
+def _check_names(recipe: ModelRecipe, plans: Mapping[str, PlanDocument]) -> None:
+    """Refuse plans of other adapters than those of the recipe."""
+    expected = [*([RULES] if recipe.rules else []), *recipe.adapters]
+    if sorted(plans) != sorted(expected):
+        msg = f"expected plans of {listed(expected)}, got those of {listed(plans)}"
+        raise ValueError(msg)
 
 
 def _migrated(path: Path, data: dict[str, Any]) -> dict[str, Any]:
@@ -365,7 +410,10 @@ def _values(planned: ModelPlan) -> dict[str, str]:
     for fqn, module in sorted(sites.items()):
         tensors = list(module.parameters())
         # Tensors of other classes, such as quantised ones, cannot be looked into everywhere.
-        if all(type(t) in (nn.Parameter, torch.Tensor) and not t.is_meta for t in tensors):
+        if all(
+            type(t) in (nn.Parameter, torch.Tensor) and not t.is_meta and not is_partitioned(t)
+            for t in tensors
+        ):
             found[fqn] = _digest(tensors)
     return found
 

@@ -2,8 +2,8 @@
 
 import difflib
 import fnmatch
-import importlib
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -198,7 +198,8 @@ def parse_selector(text: str) -> Selector:
     `[` or `{` a glob over segments, and all else one exact FQN.
 
     Raises:
-        SelectorError: The text is malformed, or names a class that cannot be imported.
+        SelectorError: The text is malformed, or names no class of a module that is imported; none
+            is imported for it.
 
     Example:
         >>> parse_selector("model.layers.{-8..}.self_attn")
@@ -210,7 +211,7 @@ def parse_selector(text: str) -> Selector:
     if prefix == "regex":
         return Regex(rest)
     if prefix == "class":
-        return OfClass(_import_class(rest))
+        return OfClass(_known_class(rest))
     return Glob(text) if set(text) & set("*?[{}") else Exact(text)
 
 
@@ -226,15 +227,23 @@ def closest(text: str, tree: Tree, *, most: int = 3) -> list[str]:
     return difflib.get_close_matches(literal, names, n=most, cutoff=0.4)
 
 
-def _import_class(path: str) -> type[nn.Module]:
+def _known_class(path: str) -> type[nn.Module]:
+    """Return a class of a module that is imported, as all are that a model is made of.
+
+    Text of somebody else's must not import others, since that runs their code.
+    """
     module_name, _, name = path.partition(":")
     try:
-        found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as err:
+        found = getattr(sys.modules[module_name], name)
+    except KeyError:
         msg = (
-            f"Selector 'class:{path}' names a class that cannot be imported: {err}. "
-            "Write 'class:package.module:ClassName'."
+            f"Selector 'class:{path}' names a class of {module_name!r}, which is not imported: "
+            "expected a module that the model is made of. Write 'class:package.module:ClassName', "
+            "or import it first."
         )
+        raise SelectorError(msg) from None
+    except AttributeError as err:
+        msg = f"Selector 'class:{path}' names no class: {err}. Write 'class:package.module:ClassName'."
         raise SelectorError(msg) from err
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         msg = f"Selector 'class:{path}' names {found!r}: expected a subclass of torch.nn.Module."

@@ -10,11 +10,12 @@ from torch import nn
 from surgery_core.editing import AdapterPlan, EditedModel, ModelPlan
 from surgery_core.errors import ContractError, OptionsError, SurgeryError, listed
 from surgery_core.operation import BoundRule, Rule, Saved
-from surgery_core.plan import check_beneath
+from surgery_core.plan import check_beneath, check_covered
 from surgery_core.plugins import Plugins
 from surgery_core.preflight import check_preflight
 from surgery_core.recipe import AdapterRecipe, ModelRecipe, Recipe
 from surgery_core.record import BaseCheck, read_record, rematch, replay, save_record
+from surgery_core.sharded import reshard_
 from surgery_core.surgery import Plan, Surgery
 from surgery_core.swap import SwapState
 
@@ -100,6 +101,9 @@ class Session:
                 given = dict(saved.options) if saved is not None else {}
                 own = tuple(self._bound([r.rule(defaults=given) for r in adapter.all_rules]))
                 plan = self._draft(model, own)
+                if saved is not None:
+                    subject = f"Tensors do not fit {adapter_name!r}"
+                    check_covered(plan.claims, saved.state, subject=subject)
                 if rules is not None:
                     # An adapter may contain what a rule changes, but not be part of it.
                     check_beneath(rules[1].claims, plan.claims)
@@ -187,6 +191,7 @@ class Session:
             ContractError: The operation has no format of its own, or the adapter has several rules.
             SurgeryError: The adapter cannot be said in that format; nothing was written.
         """
+        reshard_(edited.model)
         modules = edited.variant(name)
         (rule, *others) = edited.plan.adapters[name].rules
         if others:

@@ -289,8 +289,40 @@ def _build_one(claim: Claim, owners: Owners, seen: set[int]) -> Replacement:
         first, actual = wrong[0], _spec_of(wrong[0].name, built[wrong[0].name])
         msg = f"{subject}: expected {first}, got {actual}. Make `describe` and `build` agree."
         raise ContractError(msg, fqn=site.fqn, expected=first, actual=actual)
+    _check_kept(claim, built, original, subject)
     report = carry_over(site.module, new, fqns=site.fqns, owners=owners)
     return Replacement(site=site, module=new, carry_over=report, known_hooks=hook_ids(new))
+
+
+def _check_kept(
+    claim: Claim, built: Mapping[str, object], original: Mapping[str, object], subject: str
+) -> None:
+    """Refuse a tensor under a key of the original that is neither like it nor as declared.
+
+    Training flags of what is not declared may differ, as those of the base may by now.
+    """
+    declared = {spec.name: spec for spec in claim.effects.retyped}
+    for name, spec in declared.items():
+        old, new = original.get(name), built.get(name)
+        is_there = isinstance(old, torch.Tensor) and old.shape == spec.shape
+        if not (is_there and _fits(spec, new)) or new is old:
+            actual = "the original's own" if is_there and new is old else _spec_of(name, new)
+            msg = (
+                f"{subject}: expected a copy of the original's as {spec}, got {actual}. Make "
+                "`describe` and `build` agree."
+            )
+            raise ContractError(msg, fqn=claim.site.fqn, expected=spec, actual=actual)
+    for name, new in built.items():
+        old = original.get(name)
+        if not isinstance(old, torch.Tensor) or name in declared:
+            continue
+        dtype = new.dtype if isinstance(new, torch.Tensor) else None
+        if dtype is not old.dtype:
+            msg = (
+                f"{subject}: expected {name!r} of the original's {old.dtype}, got {dtype}. Declare "
+                "it as `retyped` in `describe`."
+            )
+            raise ContractError(msg, fqn=claim.site.fqn, expected=old.dtype, actual=dtype)
 
 
 def _state(module: nn.Module, other: nn.Module) -> dict[str, Any]:

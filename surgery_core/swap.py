@@ -6,17 +6,23 @@ from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from surgery_core.carry import hand_over, shares_children
-from surgery_core.errors import DriftError, VariantError, listed
+from surgery_core.errors import ContractError, DriftError, VariantError, listed
 from surgery_core.follow import Anchors, anchor_of, apply_own, catch_up, is_at, shares_tensors
+from surgery_core.operation import Operation
+from surgery_core.sharded import is_held_together, is_sharded_at
 from surgery_core.slots import Site, check_holds
 from surgery_core.surgery import Plan, Replacement
+from surgery_core.tensors import owned_tensors
 from surgery_core.transaction import Move, OnWrite, Transaction
+
+Variants = Mapping[str, Mapping[str, tuple[Operation[Any], nn.Module]]]
+"""By the name of a variant and the FQN: the operation that made a module, and the module."""
 
 Loans = Mapping[str, Mapping[str, str]]
 """By the name of a variant that lends: names of parameters in the borrower, and in the lender."""
@@ -171,6 +177,8 @@ class SwapState(nn.Module):
         Raises:
             VariantError: There is no such variant.
             DriftError: A slot holds something else than this state left there.
+            ContractError: The model was sharded when another was active, and this one has trainable
+                parameters.
         """
         self._require(name)
         if name != self._selected:
@@ -321,6 +329,8 @@ class SwapState(nn.Module):
             returned[active] = self._stored(leaving)
         found = {name: returned[name] if name in returned else store[name] for name in taken}
         entering = found[entered].modules if entered is not None else {}
+        if entered is not None:
+            self._check_sharding(entered, entering, is_loan=bool(lenders) or bool(self._lent))
         moves = self._moves(entering, self._floor)
         self._follow_active()
         found = {name: self._followed(stored) for name, stored in found.items()}
@@ -342,6 +352,28 @@ class SwapState(nn.Module):
             for fqn, module in entering.items()
             if not shares_tensors(module, self._sites[fqn].module)
         }
+
+    def _check_sharding(
+        self, name: str, entering: Mapping[str, nn.Module], *, is_loan: bool
+    ) -> None:
+        """Refuse parameters that would neither be gathered for a pass nor reduced after it."""
+        for fqn, module in entering.items():
+            if not is_sharded_at(self._model[0], fqn):
+                continue
+            own = owned_tensors(self._sites[fqn].module, module).values()
+            if is_loan and any(map(is_held_together, own)):
+                actual = "some that were sharded in another"
+                fix = "Stay with what was active when the model was sharded."
+            elif any(tensor.requires_grad and not is_held_together(tensor) for tensor in own):
+                actual = "trainable ones that each process has for itself"
+                fix = "Make it active before the model is sharded, or freeze its parameters."
+            else:
+                continue
+            msg = (
+                f"Variant {name!r} cannot enter a sharded model at {fqn!r}: expected parameters "
+                f"that were sharded with it, or frozen ones, got {actual}. {fix}"
+            )
+            raise ContractError(msg, fqn=fqn, expected="sharded or frozen", actual=actual)
 
     def _moves(
         self, entering: Mapping[str, nn.Module], floor: Mapping[str, nn.Module]
@@ -450,7 +482,8 @@ def _share(
     for fqn in given.keys() & to.keys():
         source, own = given[fqn]._parameters, to[fqn]._parameters  # noqa: SLF001 (torch's registry)
         for name, other in names.items():
-            if own[name] is not source[other]:
+            # Modules of several operations have parameters of several names.
+            if name in own and other in source and own[name] is not source[other]:
                 own[name] = source[other]
 
 

@@ -6,28 +6,35 @@ import torch
 from torch import Tensor, nn
 
 from surgery_core.errors import StateError, listed
+from surgery_core.overlay import Overlay
+from surgery_core.sharded import copy_into_, is_partitioned, whole_tensors
 
 
 def owned_tensors(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers in a replacement's state dict that the original has not."""
+    """Return the parameters and buffers in a replacement's state dict that the original has not.
+
+    Of an `Overlay` none under a key of the original's: those were the original's, which may have been
+    sharded since.
+    """
     # State dicts may have more: what bitsandbytes makes anew with each call is the base's.
     own = {id(tensor) for tensor in (*after.parameters(), *after.buffers())}
     own -= {id(tensor) for tensor in (*before.parameters(), *before.buffers())}
+    theirs = before.state_dict(keep_vars=True).keys() if isinstance(after, Overlay) else frozenset()
     return {
         key: tensor
         for key, tensor in after.state_dict(keep_vars=True).items()
-        if isinstance(tensor, Tensor) and id(tensor) in own
+        if isinstance(tensor, Tensor) and id(tensor) in own and key not in theirs
     }
 
 
 def load_tensors_(
     own: Mapping[str, Tensor], state: Mapping[str, Tensor], *, subject: str, fix: str
 ) -> None:
-    """Copy tensors into others, all or none of them; dtype and device of those stay.
+    """Copy tensors into others, all or none of them; dtype, device and sharding of those stay.
 
     Args:
-        own: By key.
-        state: Exactly the same keys.
+        own: By key; of what is sharded each process takes its part.
+        state: Exactly the same keys; the same values in each process.
         subject: How the error begins, for example `State does not fit the adapter`.
         fix: What the error tells the user to do.
 
@@ -41,6 +48,7 @@ def load_tensors_(
         >>> weight
         tensor([1., 1.])
     """
+    state = whole_tensors(state)
     missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
     mismatched = [
         f"{name}: {problem}"
@@ -55,10 +63,12 @@ def load_tensors_(
         raise StateError(msg, missing=missing, unexpected=unexpected, mismatched=mismatched)
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(state[name])
+            copy_into_(tensor, state[name])
 
 
 def _problem(given: Tensor, own: Tensor) -> str | None:
+    if is_partitioned(own):
+        return "expected a parameter with values, got one that DeepSpeed has partitioned"
     if given.shape != own.shape:
         return f"expected shape {tuple(own.shape)}, got {tuple(given.shape)}"
     if given.is_floating_point() != own.is_floating_point():

@@ -47,8 +47,8 @@ def test_pefts_positional_order_is_kept():
         ),
         (
             {"adapter_len": 1, "adapter_layers": 1, "dtype": "int8"},
-            "AdaptionPromptConfig is invalid: dtype must name a floating-point torch dtype, got "
-            "'int8'.",
+            "AdaptionPromptConfig is invalid: dtype must name a floating-point torch dtype of "
+            "at least 16 bits, got 'int8'.",
         ),
         (
             {"adapter_len": 1, "adapter_layers": 1, "peft_type": "LORA"},

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from support.contracts import SlowToCompile
 from support.families import CLASSES, Shape, build, tokens
 from surgery_adaption_prompt import AdaptionPromptOperation, plugin
 from torch import nn
 
 from surgery_core import Rule, Session, fingerprint
-from surgery_core.testing import OperationContract
 
 
-class _AdaptionPromptContract(OperationContract):
+class _AdaptionPromptContract(SlowToCompile):
     """What all the cases below share."""
 
     identity_at_init = True

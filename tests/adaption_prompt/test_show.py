@@ -86,6 +86,8 @@ def test_the_data_has_the_gates_by_layer_and_head(folder):
         "adapter_layers": 1,
         "gate": "layer",
         "gate_activation": "identity",
+        "condition_size": None,
+        "condition_rank": None,
         "num_parameters": 121,
         "num_bytes": 484,
         "dtypes": ["float32"],

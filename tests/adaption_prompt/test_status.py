@@ -185,6 +185,8 @@ def test_a_mapping_has_every_field(model):
         "adapter_layers": 1,
         "gate": "layer",
         "gate_activation": "identity",
+        "condition_size": None,
+        "condition_rank": None,
         "num_parameters": 121,
         "num_trainable": 121,
         "num_bytes": 484,

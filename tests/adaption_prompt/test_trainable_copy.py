@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from support.contracts import SlowToCompile
 from support.families import build, open_gates_, randomize_, tokens
 from surgery_adaption_prompt import (
     AdaptionPromptConfig,
@@ -12,9 +13,10 @@ from surgery_adaption_prompt import (
     adapter_state,
     load_state_,
 )
+from torch import nn
 
 from surgery_core import NoMatchError, OptionsError, Rule, Session
-from surgery_core.testing import OperationContract, assert_unchanged, snapshot
+from surgery_core.testing import assert_unchanged, snapshot
 
 
 def classifier():
@@ -24,11 +26,15 @@ def classifier():
     return model
 
 
-class TestContract(OperationContract):
+class TestContract(SlowToCompile):
     """The suite of the core, with a head."""
 
     def make_model(self):
         return classifier()
+
+    def make_aliased_model(self):
+        model = classifier()
+        return nn.ModuleDict({"first": model, "second": model})
 
     def rules(self):
         return [Rule(operation="trainable_copy", options={"modules": ["score", "norm"]})]

@@ -1,5 +1,6 @@
 """Operations that each break one promise; the contract suite must find every one."""
 
+import copy
 import random
 from dataclasses import replace
 from typing import ClassVar
@@ -201,3 +202,92 @@ class TakesParametersAway(Gate):
     def build(self, site, options):
         site.module.weight = nn.Parameter(site.module.weight.detach().clone())
         return super().build(site, options)
+
+
+class BrokenWhenCompiled(Gated):
+    def forward(self, x):
+        found = super().forward(x)
+        return found + 1e-6 if torch.compiler.is_compiling() else found
+
+
+class ComputesOtherwiseWhenCompiled(Gate):
+    def build(self, site, _options):
+        return BrokenWhenCompiled(site.module)
+
+
+class LeftOutWhenCompiled(Gated):
+    def forward(self, x):
+        return self.inner(x) if torch.compiler.is_compiling() else super().forward(x)
+
+
+class ForgetsItsGateWhenCompiled(Gate):
+    """Has no effect when compiled, which an untrained gate has not either."""
+
+    def build(self, site, _options):
+        return LeftOutWhenCompiled(site.module)
+
+
+class CutOffWhenCompiled(Gated):
+    def forward(self, x):
+        gate = self.gate.detach() if torch.compiler.is_compiling() else self.gate
+        return self.inner(x) * (1 + gate)
+
+
+class IsNotTrainedWhenCompiled(Gate):
+    def build(self, site, _options):
+        return CutOffWhenCompiled(site.module)
+
+
+class CountsCalls(Gated):
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.register_buffer("count", torch.zeros((), device=self.gate.device), persistent=False)
+
+    def forward(self, x):
+        if not torch.compiler.is_compiling():
+            self.count.add_(1)
+        return super().forward(x)
+
+
+class CountsOnlyWhatIsNotCompiled(Gate):
+    def build(self, site, _options):
+        return CountsCalls(site.module)
+
+
+class Breaking(Gated):
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+class BreaksTheGraph(Gate):
+    def build(self, site, _options):
+        return Breaking(site.module)
+
+
+class WorksByHook(Fresh):
+    """Does its work in a hook on a copy of the base: compiled code is not made anew for hooks."""
+
+    def build(self, site, _options):
+        new = copy.deepcopy(site.module)
+        new.register_forward_hook(lambda _module, _args, output: output * 2)
+        return new
+
+
+class LeavesAHook(Fresh):
+    """Changes what the base computes, where it is compiled anew."""
+
+    def build(self, site, options):
+        site.module.register_forward_hook(
+            lambda _module, _args, output: output + 1 if torch.compiler.is_compiling() else None
+        )
+        return super().build(site, options)
+
+
+class RunsCompiledCodeOfTheBase(Shift):
+    """Takes over all that the base has, compiled code included."""
+
+    def build(self, site, options):
+        new = super().build(site, options)
+        new._compiled_call_impl = site.module._compiled_call_impl
+        return new

@@ -80,6 +80,7 @@ def test_plugins_are_listed_as_json():
             "hooks": ["surgery_load_skeleton", "surgery_operations"],
             "operations": ["fresh", "gate", "shift"],
             "error": None,
+            "commands": [],
         }
     ]
 

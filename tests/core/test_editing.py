@@ -347,7 +347,7 @@ def test_what_cannot_be_active_together_is_refused_and_changes_nothing():
 
     with pytest.raises(ContractError, match="Operation 'gate' cannot have 'wide', 'narrow' active"):
         found.set_active({"wide": 1.0, "narrow": 1.0})
-    with pytest.raises(ContractError, match="expected one operation, got 'gate', 'shift'"):
+    with pytest.raises(ContractError, match="Operation 'gate' cannot have 'wide' active together"):
         found.set_active({"wide": 1.0, "shift": 1.0})
     with pytest.raises(VariantError, match="Adapter 'wode' does not exist"):
         found.set_active({"wode": 1.0})
@@ -403,7 +403,7 @@ def test_an_adapter_may_have_several_rules():
 
     assert isinstance(model.stem, Shifted)
     assert isinstance(model.layers[1].up, Gated)
-    with pytest.raises(ContractError, match="expected one operation, got"):
+    with pytest.raises(ContractError, match="Operation 'gate' cannot have 'both' active together"):
         found.set_active({"both": 1.0})
     with pytest.raises(ContractError, match="Adapter 'both' has several rules"):
         session().export(found, "both", "folder")

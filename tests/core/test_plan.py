@@ -151,6 +151,18 @@ def test_of_several_selectors_each_must_match():
     )
 
 
+def test_a_selector_without_any_target_is_refused_though_others_have_some():
+    error = refusal(NoMatchError, shift(["head", "layers.0.norm"]))
+
+    assert (
+        "Rule 0 ('shift'): selector 'layers.0.norm' matches 'layers.0.norm': expected a target of the "
+        "operation among them, got none."
+    ) in str(error)
+    assert "layers.0.norm" == error.selector
+    assert ["head"] == list(error.candidates)
+    assert ["head"] == fqns(Net(), shift(["head", "layers.0.norm"], optional=True))
+
+
 def test_of_several_exclusions_each_must_exclude():
     found = session().plan(Net(), [Rule(operation="shift", exclude=["layers.**", "head"])]).document
     assert ["stem"] == [edit.fqn for edit in found.edits]

@@ -6,15 +6,21 @@ import pytest
 import torch
 from core.bad_toys import (
     AsksItsParent,
+    BreaksTheGraph,
     ChangesItsMind,
     ChangesValues,
+    ComputesOtherwiseWhenCompiled,
+    CountsOnlyWhatIsNotCompiled,
     DiffersWhenCopied,
     DiffersWhenPickled,
     DrawsFromPython,
     DrawsRandomNumbers,
+    ForgetsItsGateWhenCompiled,
     IgnoresModes,
     IsNoIdentity,
+    IsNotTrainedWhenCompiled,
     KeepsValuesElsewhere,
+    LeavesAHook,
     LeavesResidue,
     LiesAboutKeys,
     LiesAboutShapes,
@@ -24,9 +30,11 @@ from core.bad_toys import (
     MutatesInDescribe,
     MutatesInTargets,
     OnAnotherDevice,
+    RunsCompiledCodeOfTheBase,
     SharesHooksOfWhatItCalls,
     TakesAnyOption,
     TakesParametersAway,
+    WorksByHook,
     WritesElsewhere,
 )
 from core.toys import (
@@ -131,11 +139,11 @@ def test_the_suite_needs_no_model_with_aliases():
         TestRoot().test_aliases_are_replaced_together()
 
 
-def failing(operation, **attributes):
-    """Run the whole suite on an operation and return the names of the tests that fail."""
+def failing(operation, *names, **attributes):
+    """Run the whole suite, or some tests, on an operation and return the names of those that fail."""
     contract = type("Contract", (ToyContract,), {"operation": operation, **attributes})
     found = set()
-    for name in dir(contract):
+    for name in [f"test_{name}" for name in names] or dir(contract):
         if name.startswith("test_"):
             try:
                 getattr(contract(), name)()
@@ -144,6 +152,7 @@ def failing(operation, **attributes):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", [Gate, Shift, Fresh])
 def test_a_good_operation_passes(operation):
     assert failing(operation, identity_at_init=operation is not Fresh) == set()
@@ -181,10 +190,34 @@ def test_a_good_operation_passes(operation):
         (TakesParametersAway, "ties_are_reported_and_there_again_after_revert"),
         (KeepsValuesElsewhere, "a_record_of_it_computes_the_same"),
         (LeavesResidue, "a_record_of_it_computes_the_same"),
+        (ComputesOtherwiseWhenCompiled, "compiled_it_computes_the_same"),
+        (ForgetsItsGateWhenCompiled, "compiled_it_computes_the_same"),
+        (ForgetsItsGateWhenCompiled, "compiled_with_its_gradients_it_computes_the_same"),
+        (IsNotTrainedWhenCompiled, "compiled_it_computes_the_same"),
+        (IsNotTrainedWhenCompiled, "compiled_with_its_gradients_it_computes_the_same"),
+        (CountsOnlyWhatIsNotCompiled, "compiled_it_computes_the_same"),
+        (BreaksTheGraph, "compiled_it_computes_the_same"),
+        (BreaksTheGraph, "what_was_compiled_before_follows_apply_and_revert"),
+        (RunsCompiledCodeOfTheBase, "targets_compiled_in_place_are_replaced"),
     ],
 )
 def test_a_bad_operation_fails(operation, expected):
-    assert expected in failing(operation)
+    assert {expected} == failing(operation, expected)
+
+
+@pytest.mark.parametrize(
+    ("operation", "when"),
+    [
+        (WorksByHook, "After apply"),
+        (ChangesValues, "After revert"),
+        (LeavesAHook, "Compiled again after revert"),
+    ],
+)
+def test_compiled_code_that_does_not_follow_fails_the_suite(operation, when):
+    contract = type("Contract", (ToyContract,), {"operation": operation})
+
+    with pytest.raises(AssertionError, match=rf"\A{when}, compiled code gives others: "):
+        contract().test_what_was_compiled_before_follows_apply_and_revert()
 
 
 def test_the_suite_keeps_no_record_of_selectors_that_are_no_text():
@@ -195,12 +228,52 @@ def test_the_suite_keeps_no_record_of_selectors_that_are_no_text():
         contract().test_a_record_of_it_computes_the_same()
 
 
+def test_a_broken_graph_is_a_fault_unless_one_graph_is_not_promised():
+    name = "compiled_it_computes_the_same"
+    contract = type("Contract", (ToyContract,), {"operation": BreaksTheGraph})
+
+    with pytest.raises(AssertionError) as caught:
+        contract().test_compiled_it_computes_the_same()
+
+    assert str(caught.value).startswith("After apply, the model does not run compiled: Call to ")
+    assert str(caught.value).endswith("it need not be one graph, set `fullgraph = False`.")
+    assert set() == failing(BreaksTheGraph, name, fullgraph=False)
+
+
+def test_a_model_that_cannot_be_compiled_is_not():
+    contract = type("Contract", (ToyContract,), {"make_compiled": lambda *_: None})
+
+    with pytest.raises(unittest.SkipTest, match=r"\Amake_compiled\(\) gives no model\Z"):
+        contract().test_compiled_it_computes_the_same()
+
+
+def test_a_suite_that_runs_something_else_than_what_was_compiled_fails():
+    """Then nothing would be compared."""
+    contract = type("Contract", (ToyContract,), {"make_compiled": lambda _self, model, _: model})
+
+    with pytest.raises(AssertionError, match=r"\Arun\(\) calls nothing of the model that"):
+        contract().test_what_was_compiled_before_follows_apply_and_revert()
+
+
+def test_a_suite_may_compile_in_place():
+    def make_compiled(_self, model, backend):
+        model.compile(backend=backend)
+        return model
+
+    name = "compiled_it_computes_the_same"
+    before = "what_was_compiled_before_follows_apply_and_revert"
+    assert set() == failing(Gate, name, before, make_compiled=make_compiled)
+    assert {name} == failing(ComputesOtherwiseWhenCompiled, name, make_compiled=make_compiled)
+
+
 def test_a_suite_whose_rules_claim_nothing_fails():
     rules = [Rule(operation="gate", select="zzz", optional=True)]
 
-    assert "the_document_survives_json" in failing(Gate, rules=lambda _self: rules)
+    name = "the_document_survives_json"
+    assert {name} == failing(Gate, name, rules=lambda _self: rules)
 
 
+@pytest.mark.slow
 def test_a_suite_whose_aliased_model_has_no_aliases_fails():
     found = failing(Gate, make_aliased_model=lambda _self: Net())
 

@@ -95,6 +95,7 @@ def test_the_plugin_is_found_with_its_distribution(installed):
         "hooks": ["surgery_operations", "surgery_probe_inputs"],
         "operations": ["activation_probe"],
         "error": None,
+        "commands": [],
     }
 
 

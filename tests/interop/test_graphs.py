@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.contracts import SlowToCompile
 from support.families import build, open_gates_, tokens
 from surgery_adaption_prompt import plugin
 from torch import nn
@@ -9,7 +10,7 @@ from torch.fx import GraphModule, Tracer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
 
 from surgery_core import Rule, Session
-from surgery_core.testing import OperationContract, assert_unchanged, snapshot
+from surgery_core.testing import assert_unchanged, snapshot
 
 IDS = tokens(2, 7)
 RULE = Rule(
@@ -64,7 +65,7 @@ def session():
     return Session([plugin], discover=False)
 
 
-class TestGraph(OperationContract):
+class TestGraph(SlowToCompile):
     """The whole contract of the core, on a graph."""
 
     def make_model(self):

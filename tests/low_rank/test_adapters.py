@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from surgery_low_rank import LowRankLinear, plugin
+from surgery_low_rank import LowRankLinear, merge_, plugin
 from torch import nn
 
 from surgery_core import ModelRecipe, OptionsError, Session, verify
@@ -145,9 +145,9 @@ def test_variants_may_be_for_other_layers():
     a, c = edited.variant("a")["0"], edited.variant("c")["2"]
 
     x = X.double()
-    middle = torch.tanh(a.low_rank_base(x) + 2 * 1.5 * x @ a.lora_A.T @ a.lora_B.T)
+    middle = torch.tanh(a.overlay_base(x) + 2 * 1.5 * x @ a.lora_A.T @ a.lora_B.T)
     term = middle @ c.lora_A.T @ c.lora_B.T
-    expected = c.low_rank_base(middle) - 2 / math.sqrt(5) * term
+    expected = c.overlay_base(middle) - 2 / math.sqrt(5) * term
 
     torch.testing.assert_close(edited.model(x), expected, rtol=1e-12, atol=1e-12)
 
@@ -227,3 +227,28 @@ def test_each_has_a_group_of_an_optimizer_until_revert():
     assert [1.0, 0.1, 0.01] == [group["lr"] for group in optimizer.param_groups]
     edited.revert()
     assert 1 == len(optimizer.param_groups)
+
+
+def test_stored_adapters_get_what_was_put_in_the_base_meanwhile():
+    """`load_state_dict(assign=True)` puts other parameters there, and knows the active adapter's."""
+    edited = edit("a", nn.Sequential(nn.Linear(4, 5)))
+    train_(edited)
+    fresh = nn.Linear(4, 5)
+    state = {**edited.model.state_dict(), "0.weight": fresh.weight, "0.bias": fresh.bias}
+    edited.model.load_state_dict(state, assign=True)
+
+    for choice in ("b.1", {"b.1": 0.5, "c": 2.0}, "a"):
+        edited.set_active(choice)
+        weights = {choice: 1.0} if isinstance(choice, str) else choice
+        change = sum(weight * delta(edited, name) for name, weight in weights.items())
+        expected = nn.functional.linear(X.double(), fresh.weight + change, fresh.bias.double())
+        torch.testing.assert_close(edited.model(X).double(), expected, rtol=1e-5, atol=1e-5)
+    before = edited.model[0].weight
+    edited.set_active("b.1")
+    with merge_(edited):
+        edited.set_active("c")
+        assert edited.model[0].weight is before
+        change = delta(edited, "c")
+        expected = nn.functional.linear(X.double(), fresh.weight + change, fresh.bias.double())
+        torch.testing.assert_close(edited.model(X).double(), expected, rtol=1e-5, atol=1e-5)
+        edited.set_active("b.1")

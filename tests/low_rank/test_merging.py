@@ -75,7 +75,7 @@ def test_merged_outputs_are_those_of_before(dtype):
     torch.testing.assert_close(model(x), expected, rtol=0, atol=TOLERANCES[dtype])
     assert dtype is model[0].weight.dtype
     assert ("0", "2") == merge.fqns
-    base = model[0].low_rank_base
+    base = model[0].overlay_base
     assert torch.equal(model[0](x), nn.functional.linear(x, base.weight, base.bias))
 
 

@@ -119,6 +119,29 @@ def test_in_two_surgeries_one_is_around_the_other(order):
     assert torch.equal(expected, model(x))
 
 
+def test_a_layer_over_a_merged_one_may_leave_before_it_is_unmerged():
+    """What was under it is merged as well, also after the model has gone elsewhere and back."""
+    model = nn.Sequential(nn.Linear(4, 5)).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    base, weight = model[0], model[0].weight
+    session = Session()
+    session.plan(model, [Rule(operation="low_rank")]).apply()
+    nn.init.normal_(model[0].lora_B)
+    expected = model(x)
+    outer = session.plan(model, [Rule(operation="scale_shift")]).apply()
+
+    merge = merge_(dict(model.named_modules()))
+    model.float().double()
+    outer.revert()
+
+    assert model[0].is_merged
+    torch.testing.assert_close(expected, model(x), rtol=1e-6, atol=1e-6)
+    merge.unmerge()
+    assert not model[0].is_merged
+    assert model[0].weight is base.weight is weight
+    torch.testing.assert_close(expected, model(x), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_terms_inside_attention_with_prompts_are_exact_at_init_and_revert(dtype):
     model = build(dtype=dtype)

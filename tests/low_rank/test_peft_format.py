@@ -73,7 +73,7 @@ def test_a_folder_gives_what_its_tensors_say(tmp_path):
     a, b = (tensors[f"base_model.model.1.q.lora_{which}.weight"] for which in "AB")
     assert torch.equal(a, layer.lora_A)
     assert torch.equal(b, layer.lora_B)
-    expected = layer.low_rank_base(X) + 1.5 * (X @ a.T @ b.T)
+    expected = layer.overlay_base(X) + 1.5 * (X @ a.T @ b.T)
     torch.testing.assert_close(layer(X), expected)
     assert {"0.q", "1.q"} == edited.variant("a").keys()
     assert not edited.added_parameters()

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.drawn import batches, logits_in_one, logits_stepwise, shapes
 from support.families import CLASSES, build, open_gates_, tokens
-from surgery_adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
+from surgery_adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel, conditioned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,6 +44,45 @@ def test_an_untrained_adapter_changes_no_bit(family, data):
     # Otherwise the lines around this one would hold for an adapter that does nothing at all.
     assert not torch.equal(expected, opened)
     assert torch.equal(expected, disabled)
+    assert torch.equal(expected, reverted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", CLASSES)
+@given(data=st.data())
+def test_an_untrained_conditioned_adapter_changes_no_bit(family, data):
+    """Whatever the features are: their projection is no zero, the gate is."""
+    shape = data.draw(shapes())
+    backend = data.draw(st.sampled_from(["sdpa", "eager"]))
+    model = build(family, shape, backend=backend, dtype=data.draw(st.sampled_from(DTYPES)), seed=1)
+    ids, mask = data.draw(batches())
+    run = data.draw(st.sampled_from([logits_in_one, logits_stepwise]))
+    size = data.draw(st.integers(1, 6))
+    config = AdaptionPromptConfig(
+        adapter_len=data.draw(st.integers(1, 5)),
+        adapter_layers=data.draw(st.integers(1, shape.layers)),
+        gate=data.draw(st.sampled_from(["layer", "head"])),
+        gate_activation=data.draw(st.sampled_from(["identity", "tanh"])),
+        dtype=data.draw(st.sampled_from([None, "bfloat16", "float32"])),
+        condition_size=size,
+        condition_rank=data.draw(st.integers(1, 4)),
+    )
+    features = torch.randn(data.draw(st.sampled_from([1, len(ids)])), size)
+    with torch.no_grad(), conditioned(features):
+        expected = run(model, ids, mask)
+
+        adapted = AdaptionPromptModel(model, {"default": config}, "default")
+        untrained = run(adapted, ids, mask)
+        open_gates_(adapted.adapter_modules("default"))
+        opened = run(adapted, ids, mask)
+        with conditioned(features + 1):
+            otherwise = run(adapted, ids, mask)
+        reverted = run(adapted.unload(), ids, mask)
+
+    assert torch.isfinite(expected).all()
+    assert torch.equal(expected, untrained)
+    assert not torch.equal(expected, opened)
+    assert not torch.equal(opened, otherwise)
     assert torch.equal(expected, reverted)
 
 

@@ -1,7 +1,6 @@
 """`ScaledLinear`: what it computes, and that nothing around a linear layer stops working."""
 
 import copy
-import pickle
 
 import accelerate
 import pytest
@@ -184,53 +183,6 @@ def test_compiled_it_computes_the_same(form):
     torch._dynamo.reset()
 
 
-@every_form
-@pytest.mark.parametrize(
-    "way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
-)
-def test_copies_compute_the_same_and_are_their_own(form, way):
-    model = net()
-    apply(model, form)
-    train_(model)
-    expected = model(X)
-
-    copied = way(model)
-    with torch.no_grad():
-        model[0].adapter_scale.zero_()
-        model[0].weight.zero_()
-
-    assert torch.equal(expected, copied(X))
-    assert type(copied[0]) is type(model[0])
-    assert copied[0].weight is copied[0].base_linear.weight
-
-
-def test_it_follows_the_model_to_another_dtype_and_back_from_meta():
-    model = net()
-    surgery = apply(model)
-
-    model.to(torch.float64)
-    assert model[0].adapter_scale.dtype is torch.float64
-    model.to("meta")
-    model.to_empty(device="cpu")
-
-    reverted = surgery.revert()
-    assert not any(p.is_meta for p in reverted.parameters())
-    assert ["0.weight", "0.bias", "2.weight"] == list(reverted.state_dict())
-
-
-def test_a_parameter_set_meanwhile_is_the_bases():
-    """As `load_state_dict(assign=True)` does."""
-    model = net()
-    surgery = apply(model)
-    state = {key: torch.full_like(value, 2.0) for key, value in model.state_dict().items()}
-
-    model.load_state_dict(state, assign=True)
-    weight = model[0].weight
-
-    assert surgery.revert()[0].weight is weight
-    assert (weight == 2.0).all()
-
-
 def test_training_reaches_the_added_parameters_alone():
     model = net().requires_grad_(requires_grad=False)
     apply(model)
@@ -261,18 +213,6 @@ def test_a_subclass_keeps_its_own_forward():
     train_(model)
     own = model[0].adapter_scale * (expected + model[0].adapter_bias)
     assert torch.equal(own, model(X))
-
-
-def test_a_parametrised_layer_keeps_its_parametrisation():
-    base = torch.nn.utils.parametrizations.weight_norm(nn.Linear(IN, OUT))
-    model = nn.Sequential(base)
-    before, expected = snapshot(model), model(X)
-
-    surgery = apply(model)
-
-    assert torch.equal(expected, model(X))
-    surgery.revert()
-    assert_unchanged(before, model, subject="Apply and revert")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -265,6 +265,25 @@ def test_a_record_keeps_what_was_trained(tmp_path):
     assert {torch.float32} == {tensor.dtype for tensor in tensors.values()}
 
 
+def test_what_is_kept_wide_is_in_the_plan_and_follows_to_a_base_as_wide(tmp_path):
+    """There the copies are of the base's own dtype, and need no mention."""
+    recipe = ModelRecipe.model_validate({"rules": [{"operation": "tuned_norm"}]})
+    narrow, wide = net().bfloat16(), net()
+    edited = session().plan_recipe(narrow, recipe).apply()
+    session().save(edited, tmp_path)
+
+    again = session().load(wide, tmp_path, on_other_model="rematch")
+
+    def kept(found):
+        edits = found.plan.document.documents["rules"].edits
+        return {f"{edit.fqn}.{s.name} {s.dtype}" for edit in edits for s in edit.retyped}
+
+    expected = edited.tensors("rules")
+    assert {f"{key} float32" for key in expected} == kept(edited)
+    assert set() == kept(again)
+    assert all(torch.equal(expected[key], own) for key, own in again.tensors("rules").items())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_inside_a_dispatched_model_arguments_are_still_moved(dtype):
     plain = nn.Sequential(RootNorm(), nn.LayerNorm(6)).to(dtype)

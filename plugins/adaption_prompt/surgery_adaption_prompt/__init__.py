@@ -4,6 +4,7 @@ from surgery_adaption_prompt.attention import AdaptedAttention
 from surgery_adaption_prompt.base_check import base_fingerprint, check_base
 from surgery_adaption_prompt.checkpoints import adapter_state, load_state_
 from surgery_adaption_prompt.composition import Composition
+from surgery_adaption_prompt.condition import conditioned
 from surgery_adaption_prompt.config import AdaptionPromptConfig
 from surgery_adaption_prompt.fixed_rows import FixedRows
 from surgery_adaption_prompt.functional import activate_gate, gated_prompt_attention
@@ -16,7 +17,7 @@ from surgery_adaption_prompt.store import AdapterStore, StoreCounters, StoreErro
 from surgery_adaption_prompt.text_init import prompts_from_text
 from surgery_adaption_prompt.trainable_copy import TrainableCopyOperation
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "AdaptedAttention",
@@ -36,6 +37,7 @@ __all__ = [
     "adapter_status",
     "base_fingerprint",
     "check_base",
+    "conditioned",
     "draw_gates",
     "gated_prompt_attention",
     "get_peft_model",

@@ -11,27 +11,37 @@ from surgery_adaption_prompt.architectures import Contexts
 from surgery_adaption_prompt.attention import AdaptedAttention
 from surgery_adaption_prompt.checkpoints import adapter_state, load_state_
 from surgery_adaption_prompt.composition import Composition, composed_adapters
+from surgery_adaption_prompt.condition import with_features_of_now
 from surgery_adaption_prompt.config import AdaptionPromptConfig
 from surgery_adaption_prompt.facade import BaseFacade
 from surgery_adaption_prompt.fixed_rows import FixedRows, Rows, fixed_rows_rule
-from surgery_adaption_prompt.folders import BASE, check_name
+from surgery_adaption_prompt.folders import check_name
 from surgery_adaption_prompt.operation import adapter_rules
+from surgery_adaption_prompt.rows import entries_of
 from surgery_adaption_prompt.selection import (
     COMPOSED,
     MERGED,
     ROWS,
     Choice,
     Derived,
-    Selected,
     prompt_modules,
-    require_adapters,
-    select,
+    select_adapters,
     weights_of,
 )
-from surgery_adaption_prompt.sharing import AdapterSharing
 from surgery_adaption_prompt.store import AdapterStore
 from surgery_adaption_prompt.text_init import Tokenizer, prompts_from_text
-from surgery_core import BoundRule, Loans, OptionsError, Plan, SwapState, VariantError, listed
+from surgery_core import (
+    BASE,
+    BoundRule,
+    Loans,
+    OptionsError,
+    Plan,
+    Selection,
+    Sharing,
+    SwapState,
+    VariantError,
+    require_names,
+)
 
 
 class AdapterManager(BaseFacade):
@@ -46,7 +56,7 @@ class AdapterManager(BaseFacade):
         super().__init__(model)
         self.store = store
         self.swap_state = SwapState(model)
-        self.sharing = AdapterSharing(self.swap_state)
+        self.sharing = Sharing(self.swap_state)
         self.peft_config: dict[str, AdaptionPromptConfig] = {}
         self._derived: Derived | None = None
         self._latest: tuple[AdaptionPromptConfig, Plan] | None = None
@@ -90,11 +100,11 @@ class AdapterManager(BaseFacade):
         """
         with self._loaded([adapter_name]), self.sharing.lock:
             if isinstance(adapter_name, str):
-                require_adapters([adapter_name], self.peft_config)
+                require_names([adapter_name], self.peft_config)
                 self._activate(adapter_name)
             else:
                 composition = Composition(weights_of(adapter_name))
-                require_adapters(composition.weights, self.peft_config)
+                require_names(composition.weights, self.peft_config)
                 self._compose(composition)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -279,40 +289,18 @@ class AdapterManager(BaseFacade):
         return {fqn: m for fqn, m in found.items() if isinstance(m, AdaptedAttention)}
 
     def recompute_contexts(self) -> Contexts:
-        """Return contexts for a checkpointed forward, and for doing it again with the same adapters.
+        """Return contexts for a checkpointed forward, and for doing it again with what it got.
 
         What `torch.utils.checkpoint` takes as `context_fn`.
         """
-        used, choice = self.sharing.used(), self._choice()
-        return nullcontext(), self._as_it_was(used, choice)
+        forward, again = self.sharing.recompute_contexts(
+            self._choice, self.activated, self._require_unmerged
+        )
+        return forward, with_features_of_now(again)
 
-    @contextmanager
-    def _as_it_was(self, used: Selected | None, choice: Choice) -> Iterator[None]:
-        """Use what the running code used, or what was active if it used that."""
-        if used is not None:
-            with self.sharing.using(lambda: self._again(used)):
-                yield
-        elif self.sharing.used() is None and choice == self._choice():
-            yield
-        else:
-            with self.activated(choice):
-                yield
-
-    def _select(self, choices: Sequence[Choice]) -> Selected:
+    def _select(self, choices: Sequence[Choice]) -> Selection:
         self._require_unmerged()
-        return select(self.swap_state, self.peft_config, choices)
-
-    def _again(self, used: Selected) -> Selected:
-        """Return what was used before, if it still can be."""
-        self._require_unmerged()
-        gone = sorted(used.names - self.peft_config.keys())
-        if gone:
-            msg = (
-                f"Adapter {listed(gone)} was deleted before the backward pass: expected what the "
-                "forward ran with, to compute it again. Delete it afterwards."
-            )
-            raise VariantError(msg)
-        return used
+        return select_adapters(self.swap_state, self.peft_config, choices)
 
     def _require_unmerged(self) -> None:
         """Refuse other adapters than the active one where that one is in the base's weights."""
@@ -343,6 +331,8 @@ class AdapterManager(BaseFacade):
         """Select a variant, and forget what is derived and no longer selected."""
         if variant != self.swap_state.active:
             self._refresh(variant)
+        if self.sharing.is_in_force:
+            self.sharing.require_shareable(variant)
         self.swap_state.set(variant)
         if self._derived is not None and self._derived.variant != variant:
             self._forget_derived()
@@ -381,7 +371,8 @@ class AdapterManager(BaseFacade):
 
     def _rows_of(self, adapter_names: Sequence[str]) -> Rows:
         with self._loaded(adapter_names), self.sharing.lock:
-            return select(self.swap_state, self.peft_config, adapter_names).rows
+            found = select_adapters(self.swap_state, self.peft_config, adapter_names).rows
+            return {fqn: entries_of(rows) for fqn, rows in found.items()}
 
     def _loaded(self, choices: Iterable[Choice]) -> AbstractContextManager[None]:
         """Keep adapters loaded from the store, if there is one, until they are in use."""
@@ -424,7 +415,7 @@ class AdapterManager(BaseFacade):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.sharing = AdapterSharing(self.swap_state)
+        self.sharing = Sharing(self.swap_state)
         # Listeners of the original's threads are nobody's here.
         self.swap_state.underlay({})
         for name in self.swap_state.names:
@@ -439,9 +430,7 @@ class AdapterManager(BaseFacade):
         """Let the modules of a variant be asked for what threads use."""
         found = self.swap_state.variant(variant).values()
         self._modules_of[variant] = [m for m in found if isinstance(m, AdaptedAttention)]
-        for module in self._modules_of[variant]:
-            # Not setattr, which takes as long as all the rest.
-            vars(module)["sharing"] = self.sharing
+        self.sharing.attach(self._modules_of[variant])
 
     def _add(
         self,

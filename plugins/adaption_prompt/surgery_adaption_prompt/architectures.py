@@ -15,6 +15,7 @@ from functools import cache, partial
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.integrations.peft import PeftAdapterMixin
@@ -22,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from surgery_adaption_prompt.attention import TERMS, AdaptedAttention, undispatched
 from surgery_adaption_prompt.baked import Child
-from surgery_core import ContractError, listed
+from surgery_adaption_prompt.spread_heads import own_part
+from surgery_core import ContractError, listed, whole_module
 
 SEAM_KEY = "surgery_adaption_prompt"
 """Name of our function among transformers' attention functions."""
@@ -189,6 +191,38 @@ class TransformersAttention:
         key = key.view(prompt.shape[1], -1, head_dim).transpose(0, 1)
         # As many heads as the keys; their size may be another.
         return key, value.view(prompt.shape[1], len(key), -1).transpose(0, 1)
+
+    def project_whole(
+        self, attention: nn.Module, prompt: Tensor, *, head_dim: int
+    ) -> tuple[Tensor, Tensor]:
+        """Do what `project` does for the heads of all processes; every process must call this."""
+        table = attention._modules  # noqa: SLF001 (torch's registry)
+        stand_in = nn.Module()
+        vars(stand_in)["config"] = _config_of(attention)
+        for name in self.projections.names:
+            stand_in.add_module(name, whole_module(cast("nn.Module", table[name])))
+        return self.project(stand_in, prompt, head_dim=head_dim)
+
+    def own_gate(self, attention: nn.Module, gate: Tensor, *, heads: int) -> Tensor:
+        """Return the part of a gate that is for the heads this process has, of all that there are.
+
+        Raises:
+            ContractError: They are not blocks of equal size, one after the other.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return gate
+        _, total = self.sizes(attention)
+        if heads == total:
+            return gate
+        # Tensor parallelism gave each process some output features of each projection.
+        separate = isinstance(self.projections, SeparateProjections)
+        first = attention.get_submodule(self.projections.names[0])
+        part = own_part(gate, first.parameters(), heads=heads, total=total) if separate else None
+        if part is None:
+            name = type(attention).__name__
+            _refuse(name, f"equal parts of {total} heads in each process, of separate projections", f"{heads} here",
+                    "Spread the model over a number of processes that divides its heads.")  # fmt: skip
+        return cast("Tensor", part)
 
     def plain_projections(self, attention: nn.Module) -> Sequence[Child] | None:
         """Return what `project` calls; None unless only input and parameters decide what they give."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from math import sqrt
 from typing import Any, Protocol, Self
 
 import torch
@@ -14,9 +15,9 @@ from surgery_adaption_prompt.parts import (
     Attention,
     AttentionArchitecture,
     PromptPart,
-    Sharing,
+    parameter_shapes,
 )
-from surgery_core import ContractError, dispatch_again, is_dispatched
+from surgery_core import ContractError, Shareable, dispatch_again, is_dispatched, replicate_
 
 TERMS = "adaption_terms"
 """Keyword by which a forward asks for its term in a list, to add it itself."""
@@ -50,7 +51,7 @@ class OtherTerms(Protocol):
         """Return a term as `PromptPart.term` does; None for none."""
 
 
-class AdaptedAttention(nn.Module):
+class AdaptedAttention(Shareable):
     """A base attention module that adds `o_proj(act(gate) * attention over the prompt)`.
 
     Never built directly: `adapt` gives an object of a class that derives from this one and from
@@ -62,6 +63,10 @@ class AdaptedAttention(nn.Module):
     - `adaption_prompt`, `(1, adapter_len, hidden)`: standard normal at first.
     - `adaption_gate`, `(1,)` or `(num_attention_heads,)`: zero at first.
 
+    A conditioned adapter has two more, which project the features of a row to what is added to its
+    prompt: `adaption_condition_down`, `(condition_rank, condition_size)`, and
+    `adaption_condition_up`, `(hidden, condition_rank)`.
+
     Several parts are adapters active at once, none is a place for the terms of `sharing`.
 
     Invariant: with gates of zero the output equals the base's, bit for bit. Base FQNs stay.
@@ -72,12 +77,15 @@ class AdaptedAttention(nn.Module):
     base_attention: nn.Module
     architecture: AttentionArchitecture
     parts: tuple[Part, ...]
-    sharing: Sharing | None
 
     @property
     def prompts(self) -> tuple[PromptPart, ...]:
         """The parts that have a prompt of their own."""
         return tuple(part for part in self.parts if isinstance(part, PromptPart))
+
+    def prompt_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of these parts by name, those of each sorted by it."""
+        return {name: getattr(self, name) for part in self.prompts for name in sorted(part.names)}
 
     def prompt_term(
         self, query: Tensor, *, scaling: float, is_projected: bool = True
@@ -94,8 +102,11 @@ class AdaptedAttention(nn.Module):
             `(batch, query_len, heads, head_dim)`, dtype of `query`; None if there is none.
         """
         if self.sharing is not None and self.sharing.is_in_force:
-            other = _other_terms(self.sharing)
-            if other is not None:
+            terms = self.sharing.terms()
+            if terms is not None:
+                other: OtherTerms | None = terms.get(id(self.base_attention))
+                if other is None:
+                    return None
                 return other.term(self, query, scaling=scaling, is_projected=is_projected)
         term = None
         for part in self.parts:
@@ -125,6 +136,12 @@ class AdaptedAttention(nn.Module):
         # What merges LoRA weights writes to a projection uncounted, then puts it back here.
         if isinstance(value, nn.Module):
             self.forget()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Put a parameter here, and in the base if it has one of that name, as `fully_shard` may do."""
+        super().register_parameter(name, param)
+        if name in self.base_attention._parameters:  # noqa: SLF001 (torch's registry)
+            self.base_attention.register_parameter(name, param)
 
     @property
     def _is_full_backward_hook(self) -> bool | None:
@@ -198,7 +215,7 @@ def adapt(
     Args:
         base: The attention module.
         architecture: How to deal with it.
-        config: Length, gate and dtype.
+        config: Length, gate, condition and dtype.
         device: Of the adaption prompt; None means the base's.
 
     Returns:
@@ -209,15 +226,23 @@ def adapt(
         # Packed quantised layers have buffers only.
         device = next(_tensors(base)).device
     dtype = parameter_dtype(base, config)
-    prompt = torch.empty(1, config.adapter_len, hidden, device=device, dtype=dtype)
-    num_gates = heads if config.gate == "head" else 1
-    gate = torch.zeros(num_gates, device=device, dtype=dtype)
-    trainable = not config.inference_mode
-    own = {
-        PROMPT: nn.Parameter(prompt.normal_(), requires_grad=trainable),
-        GATE: nn.Parameter(gate, requires_grad=trainable),
-    }
+    own = {}
+    for name, shape in parameter_shapes(config, hidden=hidden, heads=heads).items():
+        tensor = torch.empty(shape, device=device, dtype=dtype)
+        # Prompts are the same in all processes that have heads of one module.
+        replicate_(_start_(name, tensor), beside=base)
+        own[name] = nn.Parameter(tensor, requires_grad=not config.inference_mode)
     return compose(base, architecture, [PromptPart(config)], own)
+
+
+def _start_(name: str, tensor: Tensor) -> Tensor:
+    """Give a parameter the values it starts with."""
+    if name == PROMPT:
+        return tensor.normal_()
+    if name == GATE:
+        return tensor.zero_()
+    # As `nn.Linear` does. Neither factor has to be zero, since the gate is.
+    return nn.init.kaiming_uniform_(tensor, a=sqrt(5))
 
 
 def undispatched(base: nn.Module) -> nn.Module:
@@ -277,19 +302,6 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     for child in module._modules.values():  # noqa: SLF001 (same)
         if child is not None:
             yield from _tensors(child)
-
-
-def _other_terms(sharing: Sharing) -> OtherTerms | None:
-    found: OtherTerms | None = (
-        _uncompiled_terms(sharing) if torch.compiler.is_compiling() else sharing.terms()
-    )
-    return found
-
-
-@torch.compiler.disable(reason="it would not see which adapters a thread uses: use fixed_rows()")  # type: ignore[untyped-decorator,no-untyped-call]
-def _uncompiled_terms(sharing: Sharing) -> OtherTerms | None:
-    found: OtherTerms | None = sharing.terms()
-    return found
 
 
 def _restore(

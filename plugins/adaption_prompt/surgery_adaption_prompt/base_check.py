@@ -31,7 +31,8 @@ Fingerprint = dict[str, list[float]]
 def base_fingerprint(modules: Mapping[str, AdaptedAttention]) -> Fingerprint:
     """Return what the key and value projections of adapted layers answer to a fixed probe.
 
-    Through the modules, so it is the same for quantised weights, up to their rounding.
+    Through the modules, so it is the same for quantised weights, up to their rounding. Every process
+    must call this where they are sharded.
 
     Args:
         modules: Adapted modules by FQN.
@@ -43,17 +44,9 @@ def base_fingerprint(modules: Mapping[str, AdaptedAttention]) -> Fingerprint:
         return {fqn: _answer(module) for fqn, module in modules.items()}
 
 
-def write_base_fingerprint(
-    folder: str | os.PathLike[str], modules: Mapping[str, AdaptedAttention]
-) -> None:
-    """Write the fingerprint of the base beside an adapter; the file is complete or not there."""
-    text = json.dumps({"format": FORMAT, "answers": base_fingerprint(modules)}, indent=2)
-    staged = Path(folder) / f".{BASE_FILE}.{os.getpid()}.tmp"
-    try:
-        staged.write_text(text)
-        staged.replace(Path(folder) / BASE_FILE)
-    finally:
-        staged.unlink(missing_ok=True)
+def fingerprint_file(answers: Fingerprint) -> dict[str, bytes]:
+    """Return what the file with the fingerprint of the base holds, by its name."""
+    return {BASE_FILE: json.dumps({"format": FORMAT, "answers": answers}, indent=2).encode()}
 
 
 def check_base(
@@ -100,7 +93,7 @@ def _answer(module: AdaptedAttention) -> list[float]:
     dtypes = (p.dtype for p in module.base_attention.parameters() if p.is_floating_point())
     prompt = probe.to(module.adaption_prompt.device, next(dtypes, torch.float32))
     # Heads do not matter here: as if each channel were one.
-    sides = module.architecture.project(module, prompt.view(1, 1, length), head_dim=1)
+    sides = module.architecture.project_whole(module, prompt.view(1, 1, length), head_dim=1)
     return [value for side in sides for value in _sample(side.flatten())]
 
 
@@ -123,7 +116,10 @@ def _read(path: Path) -> Fingerprint:
         record = json.loads(path.read_text())
         answers = {FORMAT: record["answers"]}[record["format"]]
         return {fqn: [float(x) for x in values] for fqn, values in answers.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError),
+        *(OverflowError, RecursionError),
+    ) as err:
         msg = (
             f"{str(path)!r} is no record of a base: expected format {FORMAT}, got {err}. Delete the "
             "file to load the adapter unchecked."

@@ -9,15 +9,21 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from surgery_adaption_prompt.attention import AdaptedAttention
 from surgery_adaption_prompt.config import OWN_TYPE, AdaptionPromptConfig
 from surgery_adaption_prompt.functional import activate_gate
-from surgery_adaption_prompt.parts import GATE, PROMPT
-from surgery_adaption_prompt.pickled import load_pickled
-from surgery_core import StateError, SurgeryError, listed, load_tensors_
+from surgery_adaption_prompt.parts import GATE, parameter_names
+from surgery_core import (
+    StateError,
+    SurgeryError,
+    listed,
+    load_pickled,
+    load_tensors_,
+    write_files,
+)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -35,12 +41,14 @@ def adapter_state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
     Returns:
         `{fqn}.adaption_prompt`, `(1, adapter_len, hidden)`, and `{fqn}.adaption_gate`, `(1,)` or
-        `(num_attention_heads,)`; of other modules everything in their state dict.
+        `(num_attention_heads,)`; of a conditioned adapter also `{fqn}.adaption_condition_down`,
+        `(condition_rank, condition_size)`, and `{fqn}.adaption_condition_up`, `(hidden,
+        condition_rank)`; of other modules everything in their state dict.
     """
     state: dict[str, Tensor] = {}
     for fqn, module in modules.items():
         if isinstance(module, AdaptedAttention):
-            own = {name: getattr(module, name).detach() for name in (GATE, PROMPT)}
+            own = {name: found.detach() for name, found in module.prompt_parameters().items()}
         else:
             own = module.state_dict()
         state |= {f"{fqn}.{name}": tensor for name, tensor in own.items()}
@@ -73,12 +81,31 @@ def save_adapter(
     *,
     is_for_peft: bool = True,
 ) -> None:
-    """Write an adapter as PEFT writes it; each file is complete or not there.
+    """Write an adapter as PEFT writes it; after an error the folder is as it was.
+
+    Args:
+        folder: Made if need be; the two files in it are replaced.
+        config: The adapter's configuration.
+        state: Its tensors by `fqn.name`.
+        is_for_peft: See `adapter_files`.
+
+    Raises:
+        StateError: A value is not finite.
+        OSError: A file could not be written; it is named.
+    """
+    files = adapter_files(config, state, is_for_peft=is_for_peft)
+    # As PEFT does: who trains saves often, and waits for no disk.
+    write_files(folder, files, durable=False)
+
+
+def adapter_files(
+    config: AdaptionPromptConfig, state: Mapping[str, Tensor], *, is_for_peft: bool
+) -> dict[str, bytes]:
+    """Return what the files of an adapter hold, by name, as PEFT writes them.
 
     The configuration is written with `inference_mode` true, as PEFT does.
 
     Args:
-        folder: Made if need be; the two files in it are replaced.
         config: The adapter's configuration.
         state: Its tensors by `fqn.name`.
         is_for_peft: PEFT computes the same with it. Otherwise the folder names a type of its own,
@@ -88,21 +115,14 @@ def save_adapter(
         StateError: A value is not finite.
     """
     check_finite(state)
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
     values = {**config.to_mapping(), "inference_mode": True}
     if not is_for_peft:
         values["peft_type"] = OWN_TYPE
     tensors = {f"{PEFT_PREFIX}{name}": tensor.contiguous() for name, tensor in state.items()}
-    staged = {name: target / f".{name}.{os.getpid()}.tmp" for name in (WEIGHTS_FILE, CONFIG_FILE)}
-    try:
-        save_file(tensors, staged[WEIGHTS_FILE], metadata={"format": "pt"})
-        staged[CONFIG_FILE].write_text(json.dumps(values, indent=2, sort_keys=True))
-        for name, path in staged.items():
-            path.replace(target / name)
-    finally:
-        for path in staged.values():
-            path.unlink(missing_ok=True)
+    return {
+        WEIGHTS_FILE: save(tensors, metadata={"format": "pt"}),
+        CONFIG_FILE: json.dumps(values, indent=2, sort_keys=True).encode(),
+    }
 
 
 def peft_problems(config: AdaptionPromptConfig, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -117,6 +137,7 @@ def peft_problems(config: AdaptionPromptConfig, modules: Mapping[str, nn.Module]
         for is_one, problem in (
             (config.gate == "head", "PEFT has one gate for a layer, not one for each head"),
             (config.gate_activation != "identity", "PEFT applies no activation to the gate"),
+            (config.condition_size is not None, "PEFT's prompts depend on no features"),
             (
                 any(not isinstance(module, AdaptedAttention) for module in modules.values()),
                 "PEFT saves no whole modules with adaption prompts",
@@ -187,7 +208,7 @@ def load_config(
     path = Path(folder) / CONFIG_FILE
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         msg = (
             f"Adapter folder {str(folder)!r} has no readable {CONFIG_FILE}: {err}. Pass a folder "
             "that save_pretrained wrote."
@@ -215,7 +236,7 @@ def load_state(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     path = Path(folder) / WEIGHTS_FILE
     if not path.exists() and (Path(folder) / PICKLE_FILE).exists():
         path = Path(folder) / PICKLE_FILE
-        tensors = load_pickled(path)
+        tensors = load_pickled(path, subject=f"Checkpoint {str(path)!r}")
     else:
         tensors = _load_safetensors(path)
     strange = [name for name in tensors if not name.startswith(PEFT_PREFIX)]
@@ -248,7 +269,8 @@ def expected_bytes(folder: Path) -> int:
     Raises:
         SurgeryError: One of the files cannot be read.
     """
-    dtype = load_config(folder).dtype
+    config = load_config(folder)
+    dtype, own = config.dtype, tuple(f".{name}" for name in parameter_names(config))
     path = folder / WEIGHTS_FILE
     if not path.exists() and (folder / PICKLE_FILE).exists():
         return (folder / PICKLE_FILE).stat().st_size
@@ -259,7 +281,7 @@ def expected_bytes(folder: Path) -> int:
                 tensor = file.get_slice(name)
                 # Of safetensors' dtypes, those with 64 in their names are wider than four bytes.
                 itemsize = 8 if tensor.get_dtype().endswith("64") else 4
-                if dtype is not None and name.endswith((f".{GATE}", f".{PROMPT}")):
+                if dtype is not None and name.endswith(own):
                     itemsize = getattr(torch, dtype).itemsize
                 total += itemsize * prod(tensor.get_shape())
     except (OSError, SafetensorError) as err:

@@ -17,6 +17,7 @@ from surgery_core import (
     SurgeryError,
     WeightedSum,
     composed_names,
+    write_files,
 )
 
 
@@ -45,7 +46,7 @@ class Composition:
             for name, weight in self.weights.items()
             if isinstance(weight, bool)
             or not isinstance(weight, int | float)
-            or not math.isfinite(weight)
+            or not _is_finite(weight)
             or not isinstance(name, str)
         ]
         if bad or not self.weights:
@@ -64,14 +65,13 @@ class Composition:
         return hash(tuple(self.weights.items()))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as JSON, complete or not at all."""
-        target = Path(path)
-        staged = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            staged.write_text(json.dumps({"weights": dict(self.weights)}, indent=2))
-            staged.replace(target)
-        finally:
-            staged.unlink(missing_ok=True)
+        """Write it as JSON, complete or not at all.
+
+        Raises:
+            OSError: It could not be written; what was there before still is.
+        """
+        data = json.dumps({"weights": dict(self.weights)}, indent=2).encode()
+        write_files(Path(path).parent, {Path(path).name: data}, durable=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Composition":
@@ -83,7 +83,7 @@ class Composition:
         """
         try:
             values = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as err:
+        except (OSError, ValueError, RecursionError) as err:
             msg = f"Composition {str(path)!r} cannot be read: {err}. Pass a file that save wrote."
             raise SurgeryError(msg) from err
         if not (
@@ -99,11 +99,21 @@ class Composition:
         return cls(values["weights"])
 
 
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        # JSON has integers that no float can be.
+        return False
+
+
 class PromptSum(WeightedSum[AdaptedAttention]):
     """Put several adapters at once on their attention modules; not offered to sessions."""
 
     name = "adaption_prompt_composition"
     summary = "Several adaption prompts at once, each with a weight."
+    keeps_children = True
+    # Of every adapter; conditioned ones have more.
     parameters = (PROMPT, GATE)
 
     def join(
@@ -113,12 +123,15 @@ class PromptSum(WeightedSum[AdaptedAttention]):
         parts = []
         for name, module in modules.items():
             (part,) = module.prompts
-            prompt, gate = composed_names(name, self.parameters)
-            parts.append(
-                PromptPart(part.config, weight=weights[name], prompt_name=prompt, gate_name=gate)
-            )
+            names = tuple(composed_names(name, part.names))
+            parts.append(PromptPart(part.config, weight=weights[name], names=names))
         architecture = architecture_of(site.module, fqn=site.fqn)
         return compose(site.module, architecture, parts, self.borrowed(modules))
+
+    def names_of(self, module: AdaptedAttention) -> tuple[str, ...]:
+        """Return the names of an adapter's parameters, of which conditioned ones have more."""
+        (part,) = module.prompts
+        return part.names
 
 
 def composed_adapters(

@@ -33,6 +33,10 @@ PEFT_FIELDS = frozenset(
 )
 """Fields that PEFT 0.21.2 reads and writes for this method."""
 
+DEFAULT_CONDITION_RANK = 16
+MIN_ITEMSIZE = 2
+"""Bytes of the narrowest dtype that prompts may have."""
+
 Gate = Literal["layer", "head"]
 GateActivation = Literal["identity", "tanh"]
 
@@ -49,6 +53,12 @@ def config_schema() -> dict[str, Any]:
         "adapter_layers": {**count, "description": "Layers adapted, counted from the top."},
         "gate": {"enum": list(get_args(Gate))},
         "gate_activation": {"enum": list(get_args(GateActivation))},
+        "condition_size": {
+            **count,
+            "type": ["integer", "null"],
+            "description": "Features for each row that the prompts depend on; null for none.",
+        },
+        "condition_rank": {**count, "description": "Rank of what projects them, in each layer."},
         "project_output": flag,
         "modules_to_save": {"type": ["array", "null"], "items": {"type": "string"}},
     }
@@ -88,6 +98,9 @@ class AdaptionPromptConfig:
             `"TOKEN_CLS"`, otherwise nothing.
         init_from_text: Start the prompts from what each layer sees of this text, at most
             `adapter_len` tokens, not from random values; see `prompts_from_text`.
+        condition_size: How many features, of an image for example, each row of a batch comes with;
+            a projection of them is added to the prompt. See `conditioned`. None for none.
+        condition_rank: Rank of that projection, at least 1; needs `condition_size`.
 
     Raises:
         OptionsError: A field is missing or out of its range.
@@ -113,6 +126,8 @@ class AdaptionPromptConfig:
     project_output: bool = True
     modules_to_save: Sequence[str] | None = None
     init_from_text: str | None = None
+    condition_size: int | None = None
+    condition_rank: int = DEFAULT_CONDITION_RANK
 
     def __post_init__(self) -> None:
         # PEFT's enums are strings; keep the bare string, so that JSON and == need no PEFT.
@@ -157,9 +172,15 @@ class AdaptionPromptConfig:
             for name, value in (
                 ("adapter_len", self.adapter_len),
                 ("adapter_layers", self.adapter_layers),
+                ("condition_size", 1 if self.condition_size is None else self.condition_size),
+                ("condition_rank", self.condition_rank),
             )
             if not isinstance(value, int) or isinstance(value, bool) or value < 1
         ]
+        if self.condition_size is None and self.condition_rank != DEFAULT_CONDITION_RANK:
+            problems.append(
+                f"condition_rank={self.condition_rank!r} needs condition_size, got None"
+            )
         for name, value, allowed in (
             ("peft_type", self.peft_type, (PEFT_TYPE,)),
             ("gate", self.gate, ("layer", "head")),
@@ -169,8 +190,16 @@ class AdaptionPromptConfig:
                 problems.append(f"{name} must be one of {listed(allowed)}, got {value!r}")
         if isinstance(self.dtype, str):
             found = getattr(torch, self.dtype, None)
-            if not (isinstance(found, torch.dtype) and found.is_floating_point):
-                problems.append(f"dtype must name a floating-point torch dtype, got {self.dtype!r}")
+            # Narrower ones can hold values, and not be computed with.
+            if not (
+                isinstance(found, torch.dtype)
+                and found.is_floating_point
+                and found.itemsize >= MIN_ITEMSIZE
+            ):
+                problems.append(
+                    "dtype must name a floating-point torch dtype of at least 16 bits, got "
+                    f"{self.dtype!r}"
+                )
         return problems
 
     @classmethod

@@ -1,11 +1,11 @@
 """What `AdaptionPromptModel` offers of its base: everything but the base's own adapter methods."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Self, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from surgery_adaption_prompt.architectures import (
@@ -13,7 +13,9 @@ from surgery_adaption_prompt.architectures import (
     Contexts,
     recompute_in,
 )
+from surgery_adaption_prompt.condition import check_features, check_fit, conditioned
 from surgery_adaption_prompt.selection import Choice, check_num_rows
+from surgery_core import OptionsError
 
 
 class BaseFacade(nn.Module):
@@ -32,6 +34,10 @@ class BaseFacade(nn.Module):
         """Use adapters in this thread or asyncio task only."""
 
     @abstractmethod
+    def condition_sizes(self) -> Mapping[str, int]:
+        """Return the conditioned adapters that the running code uses, with their `condition_size`."""
+
+    @abstractmethod
     def recompute_contexts(self) -> Contexts:
         """Return contexts for a checkpointed forward, and for doing it again."""
 
@@ -39,6 +45,7 @@ class BaseFacade(nn.Module):
         self,
         *args: Any,  # noqa: ANN401 (the base's own signature)
         adapter_names: Sequence[Choice] | None = None,
+        condition: Tensor | None = None,
         **kwargs: Any,  # noqa: ANN401 (same)
     ) -> Any:  # noqa: ANN401 (same)
         """Run the base model with the active adapter; arguments and result are the base's.
@@ -46,31 +53,60 @@ class BaseFacade(nn.Module):
         Args:
             *args: The base's.
             adapter_names: What each row gets instead; see `activated`.
+            condition: Features for conditioned adapters, `(rows, condition_size)`; see `conditioned`.
             **kwargs: The base's.
 
         Raises:
-            OptionsError: There is not one name for each row.
+            OptionsError: There is not one name for each row; or there are features that fit neither
+                batch nor adapter, or that no adapter takes.
             VariantError: There is no such adapter.
         """
-        if adapter_names is None:
+        if adapter_names is None and condition is None:
             return self.model(*args, **kwargs)
-        check_num_rows(adapter_names, args, kwargs)
-        with self.activated(adapter_names):
+        with self._given(adapter_names, condition, args, kwargs):
             return self.model(*args, **kwargs)
 
     def generate(
         self,
         *args: Any,  # noqa: ANN401 (the base's own signature)
         adapter_names: Sequence[Choice] | None = None,
+        condition: Tensor | None = None,
         **kwargs: Any,  # noqa: ANN401 (same)
     ) -> Any:  # noqa: ANN401 (same)
         """Generate with the active adapter, or with one for each row; see `forward`."""
-        generate = cast("Any", self.model).generate
-        if adapter_names is None:
-            return generate(*args, **kwargs)
-        check_num_rows(adapter_names, args, kwargs)
-        with self.activated(adapter_names):
-            return generate(*args, **kwargs)
+        with self._given(adapter_names, condition, args, kwargs):
+            return cast("Any", self.model).generate(*args, **kwargs)
+
+    @contextmanager
+    def _given(
+        self,
+        adapter_names: Sequence[Choice] | None,
+        condition: Tensor | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Iterator[None]:
+        """Give the code inside what a call was given for its rows, after checking it."""
+        with ExitStack() as stack:
+            if adapter_names is not None:
+                check_num_rows(adapter_names, args, kwargs)
+                stack.enter_context(self.activated(adapter_names))
+            if condition is not None:
+                check_features(condition)
+                # After the names: they say who takes the features.
+                self._check_condition(condition, _num_rows(args, kwargs))
+                stack.enter_context(conditioned(condition))
+            yield
+
+    def _check_condition(self, condition: Tensor, batch: int | None) -> None:
+        sizes = self.condition_sizes()
+        if not sizes:
+            msg = (
+                "condition has no effect: expected an adapter with condition_size that is active, "
+                "got none. Activate one, or leave condition out."
+            )
+            raise OptionsError(msg)
+        for size in sizes.values():
+            check_fit(condition, size=size, batch=batch)
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (whatever the base has)
         """Look up in the base what is not here, as PEFT does, but for its own adapter methods.
@@ -139,3 +175,9 @@ class BaseFacade(nn.Module):
     def print_trainable_parameters(self) -> None:
         """Print `trainable_summary`."""
         print(self.trainable_summary())  # noqa: T201 (what its name promises)
+
+
+def _num_rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """Return how many rows a model's input has; None if it is not found."""
+    inputs = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds"))]
+    return next((found.shape[0] for found in inputs if isinstance(found, Tensor)), None)

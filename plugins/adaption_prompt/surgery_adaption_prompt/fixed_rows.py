@@ -15,6 +15,7 @@ from surgery_adaption_prompt.parts import Attention, AttentionArchitecture
 from surgery_adaption_prompt.rows import Entry, stacked_rows
 from surgery_core import (
     BoundRule,
+    ContractError,
     Effects,
     Operation,
     OptionsError,
@@ -23,6 +24,7 @@ from surgery_core import (
     Site,
     Tree,
     Where,
+    is_sharded,
     listed,
 )
 
@@ -174,6 +176,12 @@ class FixedRowsOperation(Operation[None]):
     def build(self, site: Site, options: None) -> AdaptedAttention:  # noqa: ARG002 (it has none)
         """Return the attention module of the site with empty buffers."""
         architecture = architecture_of(site.module, fqn=site.fqn)
+        if any(map(is_sharded, site.module.parameters())):
+            msg = (
+                f"fixed_rows is not possible at {site.fqn!r}: expected whole weights, got some that "
+                "are spread over processes. Use adapter_names."
+            )
+            raise ContractError(msg, fqn=site.fqn, expected="whole weights", actual="sharded ones")
         query = _query(site.module, architecture, self._max_rows)
         with torch.no_grad():
             prompt = query.new_zeros(1, self._adapter_len, architecture.sizes(site.module)[0])

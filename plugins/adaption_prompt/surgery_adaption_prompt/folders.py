@@ -3,27 +3,35 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from surgery_adaption_prompt.architectures import is_unprojected_in_peft
 from surgery_adaption_prompt.attention import AdaptedAttention
-from surgery_adaption_prompt.base_check import write_base_fingerprint
+from surgery_adaption_prompt.base_check import base_fingerprint, fingerprint_file
 from surgery_adaption_prompt.checkpoints import (
+    adapter_files,
     adapter_state,
     check_finite,
     load_config,
     load_state,
     peft_form,
     peft_problems,
-    save_adapter,
 )
 from surgery_adaption_prompt.config import AdaptionPromptConfig
-from surgery_core import OptionsError, StateError, VariantError, listed
-
-BASE = "__base__"
-"""Stands for no adapter, as in PEFT."""
+from surgery_adaption_prompt.parts import parameter_shapes
+from surgery_core import (
+    BASE,
+    OptionsError,
+    StateError,
+    VariantError,
+    listed,
+    one_writer,
+    whole_tensors,
+    write_files,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +43,14 @@ class SavableAdapter:
         state: Its tensors by `fqn.name`.
         modules: Its attention modules by FQN.
         is_for_peft: PEFT computes the same with it.
+        held: Parameters of its modules, as this process holds them.
     """
 
     config: AdaptionPromptConfig
     state: Mapping[str, Tensor]
     modules: Mapping[str, AdaptedAttention]
     is_for_peft: bool
+    held: tuple[Tensor, ...]
 
     @classmethod
     def prepare(
@@ -53,10 +63,12 @@ class SavableAdapter:
     ) -> "SavableAdapter":
         """Check an adapter, and say it in PEFT's terms if it is meant `for_peft`.
 
+        Every process must call this where the modules are sharded.
+
         Raises:
             StateError: It has values that are not finite, or PEFT cannot have it.
         """
-        state = adapter_state(modules)
+        state = whole_tensors(adapter_state(modules))
         check_finite(state)
         if for_peft:
             config, state = peft_form(config, state)
@@ -68,12 +80,23 @@ class SavableAdapter:
             )
             raise StateError(msg, mismatched=problems)
         attentions = {fqn: m for fqn, m in modules.items() if isinstance(m, AdaptedAttention)}
-        return cls(config=config, state=state, modules=attentions, is_for_peft=not problems)
+        held = tuple(found for module in modules.values() for found in module.parameters())
+        return cls(
+            config=config, state=state, modules=attentions, is_for_peft=not problems, held=held
+        )
 
     def write(self, folder: str | os.PathLike[str]) -> None:
-        """Write configuration, tensors and the record of the base."""
-        save_adapter(folder, self.config, self.state, is_for_peft=self.is_for_peft)
-        write_base_fingerprint(folder, self.modules)
+        """Write configuration, tensors and the record of the base; the first process does for all.
+
+        Raises:
+            OSError: A file could not be written; it is named, and the folder is as it was.
+        """
+        answers = base_fingerprint(self.modules)
+        with one_writer(self.held) as is_writer:
+            if is_writer:
+                files = adapter_files(self.config, self.state, is_for_peft=self.is_for_peft)
+                # As PEFT does: who trains saves often, and waits for no disk.
+                write_files(folder, {**files, **fingerprint_file(answers)}, durable=False)
 
 
 def read_folder(
@@ -83,9 +106,38 @@ def read_folder(
 
     Raises:
         SurgeryError: The folder cannot be read.
+        StateError: Its tensors are fewer values than its configuration asks for.
     """
     config = load_config(folder, peft_projects=not is_unprojected_in_peft(model))
-    return replace(config, inference_mode=not is_trainable), load_state(folder)
+    state = load_state(folder)
+    _check_sizes(folder, config, state)
+    return replace(config, inference_mode=not is_trainable), state
+
+
+def _check_sizes(
+    folder: str | os.PathLike[str], config: AdaptionPromptConfig, state: Mapping[str, Tensor]
+) -> None:
+    """Refuse a configuration that would make room for more than the tensors it comes with.
+
+    Raises:
+        StateError: Its prompts, or what projects features, are larger than all of the tensors.
+    """
+    shapes = parameter_shapes(config, hidden=1, heads=1)
+    brought = {
+        name: max((t.numel() for key, t in state.items() if key.endswith(f".{name}")), default=0)
+        for name in shapes
+    }
+    bad = [
+        f"{name}: expected at least {prod(shape):,} values in a layer, got at most {brought[name]:,}"
+        for name, shape in shapes.items()
+        if brought[name] < prod(shape)
+    ]
+    if bad:
+        msg = (
+            f"Adapter in {str(folder)!r} is not what its configuration says: mismatched "
+            f"{'; '.join(bad)}. Restore both files, or save it again."
+        )
+        raise StateError(msg, mismatched=bad)
 
 
 def check_same_form(

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from surgery_adaption_prompt.config import GateActivation
 
@@ -161,6 +161,99 @@ def row_prompt_attention(
         ).to(query.dtype)
     # (batch, query_len, heads, value_dim): the interface's layout.
     return term.transpose(1, 2)
+
+
+def conditioned_prompt(
+    prompt: Float[Tensor, "1 prompt_len hidden"],
+    features: Float[Tensor, "rows condition_size"],
+    down: Float[Tensor, "condition_rank condition_size"],
+    up: Float[Tensor, "hidden condition_rank"],
+) -> Float[Tensor, "rows prompt_len hidden"]:
+    """Add a projection of each row's features to every token of a prompt.
+
+    `prompt + repeat(up @ (down @ features))`: linear and without bias, so that features of zero
+    leave the prompt as it is.
+
+    Args:
+        prompt: The adaption prompt.
+        features: Of each row, for example global features of an image; any device and dtype.
+        down: First factor of the projection.
+        up: Second factor.
+
+    Returns:
+        A prompt for each row, in the prompt's dtype, at least float32.
+
+    Numerics:
+        In the returned dtype. Autocast does not change it.
+
+    Source:
+        Zhang et al. 2023, arXiv:2303.16199, multi-modal reasoning: P_l^v = P_l + Repeat(I_p).
+        Theirs is one projection network for all layers; see docs/how-to/conditioned-prompts.md.
+
+    Example:
+        >>> prompt, down, up = torch.ones(1, 2, 4), torch.ones(1, 3), torch.ones(4, 1)
+        >>> conditioned_prompt(prompt, torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]]), down, up)[
+        ...     :, :, 0
+        ... ]
+        tensor([[1., 1.],
+                [7., 7.]])
+    """
+    wide = torch.promote_types(prompt.dtype, torch.float32)
+    with _without_autocast(prompt.device.type):
+        # From whatever the features come in; the parameters may be narrower than what is computed in.
+        given = features.to(prompt.device, wide)
+        shift = linear(linear(given, down.to(wide)), up.to(wide))
+        # (rows, hidden) -> (rows, 1, hidden), seen at every token.
+        return prompt.to(wide) + shift[:, None]
+
+
+def gated_row_prompt_attention(
+    query: Float[Tensor, "batch heads query_len head_dim"],
+    prompt_key: Float[Tensor, "rows kv_heads prompt_len head_dim"],
+    prompt_value: Float[Tensor, "rows kv_heads prompt_len value_dim"],
+    gate: Float[Tensor, " gates"],
+    *,
+    scaling: float,
+) -> Float[Tensor, "batch query_len heads value_dim"]:
+    """Attend to an adaption prompt of its own for each row, and weight the result by the gate.
+
+    As `gated_prompt_attention` for each row alone, up to rounding.
+
+    Args:
+        query: As there. A batch of n times `rows` gives each prompt to n rows in succession.
+        prompt_key: Keys of each row's prompt.
+        prompt_value: Values of each row's prompt.
+        gate: As there.
+        scaling: As there.
+
+    Returns:
+        As there.
+
+    Numerics:
+        In float32 or wider, but for bfloat16 on CUDA. Autocast does not change it.
+
+    Source:
+        See `gated_prompt_attention`.
+
+    Example:
+        >>> query, prompt = torch.ones(2, 2, 1, 4), torch.ones(2, 1, 3, 4)
+        >>> gate = torch.tensor([0.0, 0.5])
+        >>> gated_row_prompt_attention(query, prompt, prompt, gate, scaling=0.5)[:, 0, :, 0]
+        tensor([[0.0000, 0.5000],
+                [0.0000, 0.5000]])
+    """
+    batch, heads = query.shape[:2]
+    rows, kv_heads = prompt_key.shape[:2]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    dtype = query.dtype if _prefers_fused(query) else wide
+    # To (batch, heads, prompt_len, head_dim): a set of keys for each row and each query head.
+    key, value = (
+        found.repeat_interleave(heads // kv_heads, dim=1).repeat_interleave(batch // rows, dim=0)
+        for found in (prompt_key, prompt_value)
+    )
+    # Multiplied in `wide`, since the gate may be kept wider than the values, then cast once.
+    gated = (value.to(wide) * gate.to(wide).view(-1, 1, 1)).to(dtype)
+    return row_prompt_attention(query, key.to(dtype), gated, None, scaling=scaling)
 
 
 def fold_gate(

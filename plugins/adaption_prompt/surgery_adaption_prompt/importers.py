@@ -13,13 +13,13 @@ from surgery_adaption_prompt.architectures import architecture_of, attention_mod
 from surgery_adaption_prompt.attention import AdaptedAttention
 from surgery_adaption_prompt.config import AdaptionPromptConfig, GateActivation
 from surgery_adaption_prompt.parts import GATE, PROMPT
-from surgery_adaption_prompt.pickled import load_pickled
 from surgery_core import (
     ContractError,
     NoMatchError,
     StateError,
     SurgeryWarning,
     listed,
+    load_pickled,
 )
 
 QUERY = "adapter_query.weight"
@@ -89,7 +89,7 @@ def read_llama_adapter(
         adapter_len=adapter_len, adapter_layers=1, gate_activation=gate_activation
     )
     layers = _layers_of(model)
-    tensors = load_pickled(path)
+    tensors = load_pickled(path, subject=f"Checkpoint {os.fspath(path)!r}")
     names = [f"layers.{i}.attention.gate" for i in range(len(layers))]
     report = _Report(unexpected=tensors.keys() - {QUERY, *names})
     gates = {}
@@ -169,7 +169,7 @@ def read_litgpt(
         (4, 1, 'head')
     """
     layers = _layers_of(model)
-    tensors = load_pickled(path)
+    tensors = load_pickled(path, subject=f"Checkpoint {os.fspath(path)!r}")
     prompt_names = [f"transformer.h.{i}.attn.adapter_wte.weight" for i in range(len(layers))]
     gate_names = [f"transformer.h.{i}.attn.gating_factor" for i in range(len(layers))]
     pairs = list(zip(prompt_names, gate_names, strict=True))

@@ -52,12 +52,14 @@ def materialised(
         rounding; its gate has no activation.
 
     Raises:
-        OptionsError: The sum is no adapter's term.
+        OptionsError: The sum is no adapter's term, or an adapter is conditioned.
 
     Source:
         Sum over adapters a of w_a g_a softmax(q K_a^T) V_a; see `gated_prompt_attention`.
     """
     fqns = sorted({fqn for _, modules, _ in adapters for fqn in modules})
+    if any(config.condition_size is not None for config, _, _ in adapters):
+        _refuse(fqns[0], "prompts depend on features")
     state: dict[str, Tensor] = {}
     for fqn in fqns:
         shares = [

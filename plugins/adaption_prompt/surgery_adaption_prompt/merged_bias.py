@@ -20,6 +20,7 @@ from surgery_core import (
     TensorSpec,
     Tree,
     Where,
+    is_sharded,
     listed,
 )
 
@@ -114,6 +115,12 @@ def _bias(linear: nn.Linear, attention: AdaptedAttention) -> Tensor:
 
 def _linear(site: Site) -> nn.Linear:
     module: object = site.module
+    if any(map(is_sharded, site.module.parameters())):
+        msg = (
+            f"Adapter cannot be merged at {site.fqn!r}: expected whole weights, got some that are "
+            "spread over processes. Keep the adapter in the model."
+        )
+        raise ContractError(msg, fqn=site.fqn, expected="whole weights", actual="sharded ones")
     if type(module) is not nn.Linear:
         msg = (
             f"Adapter cannot be merged at {site.fqn!r}: expected torch.nn.Linear, got "

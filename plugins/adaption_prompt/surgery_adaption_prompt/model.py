@@ -1,7 +1,7 @@
 """`AdaptionPromptModel`: many adapters over one base model, with the names PEFT users know."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -14,12 +14,13 @@ from surgery_adaption_prompt.attention import AdaptedAttention
 from surgery_adaption_prompt.base_check import BaseCheck, check_base
 from surgery_adaption_prompt.checkpoints import load_state_
 from surgery_adaption_prompt.composition import Composition
+from surgery_adaption_prompt.condition import require_unconditioned
 from surgery_adaption_prompt.config import PEFT_TYPE, AdaptionPromptConfig
 from surgery_adaption_prompt.folders import SavableAdapter, check_same_form, read_folder
 from surgery_adaption_prompt.gate_plot import draw_gates
 from surgery_adaption_prompt.materialise import materialised
 from surgery_adaption_prompt.merged_bias import merged_bias_rule
-from surgery_adaption_prompt.selection import MERGED, Derived, prompt_modules, require_adapters
+from surgery_adaption_prompt.selection import MERGED, ROWS, Derived, prompt_modules, weights_of
 from surgery_adaption_prompt.status import ModelStatus, adapter_status, model_status
 from surgery_adaption_prompt.store import AdapterStore
 from surgery_adaption_prompt.text_init import Tokenizer
@@ -32,6 +33,8 @@ from surgery_core import (
     diagnose,
     listed,
     passing_places,
+    require_names,
+    reshard_,
 )
 
 if TYPE_CHECKING:
@@ -143,13 +146,25 @@ class AdaptionPromptModel(AdapterManager):
         Raises:
             VariantError: There is no such adapter.
         """
+        reshard_(self.model)
         return [
             parameter
             for name in adapter_names
             for module in self.adapter_modules(name).values()
-            for parameter in (module.adaption_gate, module.adaption_prompt)
+            for parameter in module.prompt_parameters().values()
             if parameter.requires_grad
         ]
+
+    def condition_sizes(self) -> dict[str, int]:
+        """Return the conditioned adapters that the running code uses, with their `condition_size`."""
+        used = self.sharing.used()
+        if used is not None:
+            names: Collection[str] = used.names
+        else:
+            # Rows in buffers take no conditioned adapter, whatever was active before.
+            names = () if self._kind() == ROWS else weights_of(self._choice())
+        sizes = ((name, self.peft_config[name].condition_size) for name in names)
+        return {name: size for name, size in sizes if size is not None}
 
     def saved_modules(self, adapter_name: str) -> dict[str, nn.Module]:
         """Return the modules trained whole with an adapter (`modules_to_save`) by FQN in the base.
@@ -204,7 +219,7 @@ class AdaptionPromptModel(AdapterManager):
             raise OptionsError(msg)
         composition = Composition(dict(zip(adapters, weights, strict=True)))
         with self._loaded(composition.weights), self.sharing.lock:
-            require_adapters(composition.weights, self.peft_config)
+            require_names(composition.weights, self.peft_config)
             parts = [
                 (self.peft_config[name], prompt_modules(name, self.swap_state), weight)
                 for name, weight in composition.weights.items()
@@ -262,6 +277,7 @@ class AdaptionPromptModel(AdapterManager):
                 "get the merged bias too. Merge when they are done."
             )
             raise OptionsError(msg)
+        require_unconditioned(self.active_adapters, self.peft_config, what="Merging")
         for name in self.active_adapters:
             prompt_modules(name, self.swap_state)
         variant = self.swap_state.variant(self.swap_state.selected or "")
@@ -278,7 +294,8 @@ class AdaptionPromptModel(AdapterManager):
 
         An adapter with which PEFT would compute something else (a gate for each head, for example)
         gets a `peft_type` that PEFT refuses to load. The base is recorded beside the adapter, and
-        compared at load.
+        compared at load. Where the model is spread over processes every one of them must call this,
+        the first one writes, and all return when it has.
 
         Args:
             save_directory: Takes the adapter `default`; others go into subfolders of their names.
@@ -293,6 +310,7 @@ class AdaptionPromptModel(AdapterManager):
         """
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         base_name = self.config.name_or_path or None
+        reshard_(self.model)
         prepared = {}
         for name in names:
             modules = self.swap_state.variant(name)
@@ -380,6 +398,7 @@ class AdaptionPromptModel(AdapterManager):
             OptionsError: The two compute otherwise, for example with another gate activation.
         """
         with self.sharing.lock:
+            reshard_(self.model)
             modules = self.swap_state.variant(adapter_name)
             own = self.peft_config[adapter_name]
             config, state = read_folder(self.model, model_id, is_trainable=not own.inference_mode)

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from surgery_adaption_prompt import trainable_copy
 from surgery_adaption_prompt.architectures import architecture_of, attention_modules
-from surgery_adaption_prompt.attention import AdaptedAttention, adapt, parameter_dtype
+from surgery_adaption_prompt.attention import AdaptedAttention, adapt, compose, parameter_dtype
 from surgery_adaption_prompt.composition import Composition, composed_adapters
 from surgery_adaption_prompt.config import (
     CLASSIFICATION_HEADS,
@@ -18,7 +18,8 @@ from surgery_adaption_prompt.config import (
 )
 from surgery_adaption_prompt.folders import SavableAdapter, read_folder
 from surgery_adaption_prompt.importers import read_litgpt, read_llama_adapter
-from surgery_adaption_prompt.parts import GATE, PROMPT
+from surgery_adaption_prompt.parts import parameter_shapes
+from surgery_adaption_prompt.rows import SharedTerms
 from surgery_core import (
     BoundRule,
     Composed,
@@ -32,6 +33,7 @@ from surgery_core import (
     Site,
     TensorSpec,
     Tree,
+    WeightedModule,
     WeightedVariant,
     Where,
     execution_device,
@@ -102,16 +104,15 @@ class AdaptionPromptOperation(Operation[AdaptionPromptConfig]):
         )
 
     def describe(self, site: Site, options: AdaptionPromptConfig) -> Effects:
-        """Return the two tensors that are added.
+        """Return the tensors that are added: prompt and gate, and what projects features.
 
         Raises:
             ContractError: The module cannot be adapted, or is adapted already.
         """
         hidden, heads = architecture_of(site.module, fqn=site.fqn).sizes(site.module)
         dtype = str(parameter_dtype(site.module, options)).removeprefix("torch.")
-        gates = heads if options.gate == "head" else 1
         trainable = not options.inference_mode
-        shapes = {PROMPT: (1, options.adapter_len, hidden), GATE: (gates,)}
+        shapes = parameter_shapes(options, hidden=hidden, heads=heads)
         return Effects(
             added=tuple(
                 TensorSpec(name=name, shape=shape, dtype=dtype, trainable=trainable)
@@ -136,6 +137,38 @@ class AdaptionPromptOperation(Operation[AdaptionPromptConfig]):
         """
         weights = {variant.name: variant.weight for variant in variants}
         return composed_adapters(Composition(weights), modules_of(variants, AdaptedAttention))
+
+    def listener(self, site: Site) -> AdaptedAttention:
+        """Return the attention module of the site, wrapped without a prompt."""
+        return compose(site.module, architecture_of(site.module, fqn=site.fqn), [], {})
+
+    def shared(self, site: Site, rows: Sequence[Sequence[WeightedModule]]) -> SharedTerms:
+        """Return the terms of the rows' adapters.
+
+        Raises:
+            OptionsError: An adapter adds its term where modules of others would not ask for it; or a
+                conditioned one is among several.
+        """
+        for one in (one for row in rows for one in row):
+            module = cast("AdaptedAttention", one.module)
+            (part,) = module.prompts
+            if not part.config.project_output and not module.architecture.may_skip_projection(
+                module
+            ):
+                msg = (
+                    f"Adapter {one.name!r} cannot be used beside others: expected "
+                    f"project_output=True at {site.fqn!r} for {type(site.module).__name__}. Make it "
+                    "the active one."
+                )
+                raise OptionsError(msg)
+            if len(rows) > 1 and part.config.condition_size is not None:
+                msg = (
+                    f"Conditioned adapter {one.name!r} cannot share a batch with others at "
+                    f"{site.fqn!r}: expected adapters without condition_size for such rows. Give the "
+                    "whole batch this one."
+                )
+                raise OptionsError(msg)
+        return SharedTerms(rows)
 
     def read_saved(self, source: str, model: nn.Module, options: Mapping[str, Any]) -> Saved | None:
         """Read PEFT's and our folders, and the files of LLaMA-Adapter V1 and litgpt.

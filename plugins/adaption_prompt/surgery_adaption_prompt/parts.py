@@ -7,16 +7,47 @@ import torch
 from torch import Tensor, nn
 
 from surgery_adaption_prompt.baked import BakedPrompt, Child, Sources
+from surgery_adaption_prompt.condition import features_for
 from surgery_adaption_prompt.config import AdaptionPromptConfig
 from surgery_adaption_prompt.functional import (
     activate_gate,
     baked_prompt_attention,
+    conditioned_prompt,
     fold_gate,
     gated_prompt_attention,
+    gated_row_prompt_attention,
 )
+from surgery_core import OptionsError, Sharing
 
 PROMPT = "adaption_prompt"
 GATE = "adaption_gate"
+CONDITION_DOWN = "adaption_condition_down"
+CONDITION_UP = "adaption_condition_up"
+
+
+def parameter_shapes(
+    config: AdaptionPromptConfig, *, hidden: int, heads: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of an adapter's parameters at one attention module, by name.
+
+    Args:
+        config: The adapter's configuration.
+        hidden: Hidden size.
+        heads: Number of attention heads.
+    """
+    shapes: dict[str, tuple[int, ...]] = {
+        PROMPT: (1, config.adapter_len, hidden),
+        GATE: (heads if config.gate == "head" else 1,),
+    }
+    if config.condition_size is not None:
+        shapes[CONDITION_DOWN] = (config.condition_rank, config.condition_size)
+        shapes[CONDITION_UP] = (hidden, config.condition_rank)
+    return shapes
+
+
+def parameter_names(config: AdaptionPromptConfig) -> tuple[str, ...]:
+    """Return the names of an adapter's parameters: prompt, gate, and factors of the projection."""
+    return tuple(parameter_shapes(config, hidden=1, heads=1))
 
 
 class AttentionArchitecture(Protocol):
@@ -36,6 +67,11 @@ class AttentionArchitecture(Protocol):
             head_dim: Of the query.
         """
 
+    def project_whole(
+        self, attention: nn.Module, prompt: Tensor, *, head_dim: int
+    ) -> tuple[Tensor, Tensor]:
+        """Do what `project` does for the heads of all processes."""
+
     def plain_projections(self, attention: nn.Module) -> Sequence[Child] | None:
         """Return what `project` calls; None unless only input and parameters decide what they give."""
 
@@ -45,6 +81,15 @@ class AttentionArchitecture(Protocol):
     def head_dim(self, base: nn.Module) -> int:
         """Return the size of a head's queries."""
 
+    def own_gate(self, attention: nn.Module, gate: Tensor, *, heads: int) -> Tensor:
+        """Return the part of a gate that is for the heads this process has, of all that there are.
+
+        Args:
+            attention: The module.
+            gate: `(1,)` or `(num_attention_heads,)`.
+            heads: How many heads the query has here.
+        """
+
     def output_projection(self, base: nn.Module, *, fqn: str) -> str:
         """Return the name of the projection that follows the attention."""
 
@@ -53,16 +98,6 @@ class AttentionArchitecture(Protocol):
 
     def peft_problem(self, attention: nn.Module, *, project_output: bool) -> str | None:
         """Return why PEFT would compute something else with the same tensors; None if it would not."""
-
-
-class Sharing(Protocol):
-    """Tells the code that runs now whether it gets other terms than the module's own."""
-
-    is_in_force: bool
-    epoch: int
-
-    def terms(self) -> Any:  # noqa: ANN401 (see attention.OtherTerms)
-        """Return them; None for the module's own."""
 
 
 class Attention(Protocol):
@@ -79,8 +114,8 @@ class PromptPart:
     Args:
         config: The adapter's configuration.
         weight: Factor on its term, dimensionless.
-        prompt_name: Name of the parameter with the prompt, `(1, adapter_len, hidden)`.
-        gate_name: Name of the parameter with the gate, `(1,)` or `(num_attention_heads,)`.
+        names: Names that its parameters have in the module, in the order of `parameter_names`; None
+            for just those.
     """
 
     def __init__(
@@ -88,24 +123,18 @@ class PromptPart:
         config: AdaptionPromptConfig,
         *,
         weight: float = 1.0,
-        prompt_name: str = PROMPT,
-        gate_name: str = GATE,
+        names: tuple[str, ...] | None = None,
     ) -> None:
         self.config = config
         self.weight = weight
-        self.prompt_name = prompt_name
-        self.gate_name = gate_name
+        self.names = parameter_names(config) if names is None else names
+        self.prompt_name, self.gate_name, *self._condition_names = self.names
         self.kept: BakedPrompt | None = None
         self._epoch = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         # What was kept for one module is nothing to a copy.
-        return _part, (self.config, self.weight, self.prompt_name, self.gate_name)
-
-    @property
-    def names(self) -> tuple[str, str]:
-        """Names of the two parameters."""
-        return self.prompt_name, self.gate_name
+        return _part, (self.config, self.weight, self.names)
 
     def is_good(self, attention: Attention, query: Tensor) -> bool:
         """Tell whether what is kept is good for a query."""
@@ -127,7 +156,7 @@ class PromptPart:
 
     def weighted(self, weight: float) -> "PromptPart":
         """Return the same share with another weight, for which nothing is kept yet."""
-        return _part(self.config, weight, self.prompt_name, self.gate_name)
+        return _part(self.config, weight, self.names)
 
     def term(
         self, attention: Attention, query: Tensor, *, scaling: float, is_training: bool
@@ -142,15 +171,44 @@ class PromptPart:
 
         Returns:
             `(batch, query_len, heads, head_dim)`, dtype of `query`.
+
+        Raises:
+            OptionsError: The adapter is conditioned, and no features that fit were handed over.
         """
+        if self.config.condition_size is not None:
+            return self._conditioned_term(attention, query, scaling=scaling)
         baked = self.baked(attention, query, is_training=is_training)
         if baked is not None:
             return baked_prompt_attention(query, baked.key, baked.value, scaling=scaling)
         key, value, gate = self.prepared(attention, query)
         return gated_prompt_attention(query, key, value, gate, scaling=scaling)
 
+    def _conditioned_term(self, attention: Attention, query: Tensor, *, scaling: float) -> Tensor:
+        """Return the term with a prompt for each row; nothing is kept, since all of it depends on features."""
+        features = features_for(query.shape[0], cast("int", self.config.condition_size))
+        prompt, down, up = (
+            getattr(attention, name) for name in (self.prompt_name, *self._condition_names)
+        )
+        # The projections take the base's dtype, as for `prepared`.
+        prompts = conditioned_prompt(prompt, features, down, up).to(query.dtype)
+        # (rows, prompt_len, hidden) -> (1, rows * prompt_len, hidden): one long prompt.
+        found = attention.architecture.project(
+            attention,  # type: ignore[arg-type]  # see prepared
+            prompts.flatten(0, 1)[None],
+            head_dim=query.shape[-1],
+        )
+        # (kv_heads, rows * prompt_len, head_dim) -> (rows, kv_heads, prompt_len, head_dim)
+        key, value = (
+            one.reshape(one.shape[0], *prompts.shape[:2], one.shape[-1]).transpose(0, 1)
+            for one in found
+        )
+        return gated_row_prompt_attention(
+            query, key, value, self.gate(attention, heads=query.shape[1]), scaling=scaling
+        )
+
     def prepared(self, attention: Attention, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return keys and values for a query, and the gate after its activation, times the weight."""
+        self.require_one_prompt()
         # The projections take the base's dtype; the parameters may be kept in a wider one.
         prompt = getattr(attention, self.prompt_name).to(query.dtype)
         key, value = attention.architecture.project(
@@ -158,14 +216,24 @@ class PromptPart:
             prompt,
             head_dim=query.shape[-1],
         )
-        return key, value, self.gate(attention)
+        return key, value, self.gate(attention, heads=query.shape[1])
 
-    def gate(self, attention: Attention) -> Tensor:
-        """Return the gate after its activation, times the weight."""
+    def require_one_prompt(self) -> None:
+        """Refuse to say what the prompt is where each row has its own."""
+        if self.config.condition_size is not None:
+            msg = (
+                "Conditioned adapter has no prompt without features: expected one that is the same "
+                "for every row, as rows with adapters of their own and merging need, got "
+                f"condition_size={self.config.condition_size}. Give the whole batch this adapter."
+            )
+            raise OptionsError(msg)
+
+    def gate(self, attention: Attention, *, heads: int) -> Tensor:
+        """Return the gate of the heads there are here, after its activation, times the weight."""
         gate = activate_gate(getattr(attention, self.gate_name), self.config.gate_activation)
         if self.weight != 1.0:
             gate = gate.to(torch.promote_types(gate.dtype, torch.float32)) * self.weight
-        return gate
+        return attention.architecture.own_gate(attention, gate, heads=heads)  # type: ignore[arg-type]  # see prepared
 
     def baked(
         self, attention: Attention, query: Tensor, *, is_training: bool
@@ -199,7 +267,12 @@ def baked_together(
 
     Returns:
         For each part; None if those of one must be computed.
+
+    Raises:
+        OptionsError: One is conditioned, so that there are none.
     """
+    for _, part in entries:
+        part.require_one_prompt()
     if torch.is_grad_enabled() or is_training:
         # Training is under way, and not every optimizer's steps are counted by PyTorch.
         for attention, part in entries:
@@ -246,9 +319,9 @@ def _bake(entries: Sequence[Entry], query: Tensor) -> None:
     end = 0
     for (at, part, sources), prompt in zip(watched, prompts, strict=True):
         begin, end = end, end + prompt.shape[1]
-        key, value = fold_gate(
-            keys[:, begin:end], values[:, begin:end], part.gate(at), heads=query.shape[1]
-        )
+        heads = query.shape[1]
+        gate = part.gate(at, heads=heads)
+        key, value = fold_gate(keys[:, begin:end], values[:, begin:end], gate, heads=heads)
         # A gate may be too large for the dtype of the values.
         if torch.isfinite(value).all():
             part.keep(at, BakedPrompt(key=key, value=value, sources=sources))
@@ -269,7 +342,5 @@ def _may_keep(query: Tensor) -> bool:
     )
 
 
-def _part(
-    config: AdaptionPromptConfig, weight: float, prompt_name: str, gate_name: str
-) -> PromptPart:
-    return PromptPart(config, weight=weight, prompt_name=prompt_name, gate_name=gate_name)
+def _part(config: AdaptionPromptConfig, weight: float, names: tuple[str, ...]) -> PromptPart:
+    return PromptPart(config, weight=weight, names=names)

@@ -1,6 +1,6 @@
 """Terms of several adapters at one attention module: for a whole batch, or for each row its own."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import inf
 from operator import is_not
 from typing import cast
@@ -11,7 +11,7 @@ from torch import Tensor
 from surgery_adaption_prompt.attention import AdaptedAttention
 from surgery_adaption_prompt.functional import fold_gate, row_prompt_attention
 from surgery_adaption_prompt.parts import PromptPart, baked_together
-from surgery_core import OptionsError
+from surgery_core import WeightedModule, repeats_of, rows_at
 
 Entry = tuple[AdaptedAttention, PromptPart]
 """An adapter's share at a module: what has the parameters, and which, with what weight."""
@@ -54,14 +54,7 @@ class RowTerms:
         Raises:
             OptionsError: The batch has another number of rows.
         """
-        batch = query.shape[0]
-        if batch % self._num_rows:
-            msg = (
-                f"Batch has {batch} rows: expected {self._num_rows}, one for each adapter name, or "
-                "a multiple of that. Name one adapter for each row."
-            )
-            raise OptionsError(msg)
-        repeats = batch // self._num_rows
+        repeats = repeats_of(query.shape[0], self._num_rows)
         terms = [
             layer.term(query, scaling=scaling, repeats=repeats, is_training=is_training)
             for layer in self._layers
@@ -90,19 +83,12 @@ class _Layer:
         baked_together(self._entries, query, is_training=is_training)
         total: Tensor | None = None
         for place, (attention, part) in enumerate(self._entries):
-            rows = self._rows_of(place, repeats)
+            rows = rows_at(self._index, place, repeats)
             term = part.term(attention, query[rows], scaling=scaling, is_training=is_training)
             if total is None:
                 total = term.new_zeros(len(query), *term.shape[1:])
             total[rows] = term
         return cast("Tensor", total)
-
-    def _rows_of(self, place: int, repeats: int) -> slice | list[int]:
-        """Return the rows of an adapter; a slice, which copies nothing, if they are neighbours."""
-        found = [row for row, at in enumerate(self._index) if at == place]
-        if found[-1] - found[0] == len(found) - 1:
-            return slice(found[0] * repeats, (found[-1] + 1) * repeats)
-        return [row * repeats + again for row in found for again in range(repeats)]
 
     def stacked(self, query: Tensor, *, repeats: int, is_training: bool) -> Stacked:
         """Return what the rows attend to; gathered once as long as nothing of it changes."""
@@ -121,7 +107,7 @@ class _Layer:
         # (batch, heads, prompt_len, head_dim), zeros beyond each prompt and for rows of the base.
         key, value = (one.new_zeros(batch, one.shape[1], longest, one.shape[3]) for one in pairs[0])
         for place, (found_key, found_value) in enumerate(pairs):
-            rows = self._rows_of(place, repeats)
+            rows = rows_at(self._index, place, repeats)
             key[rows, :, : lengths[place]] = found_key
             value[rows, :, : lengths[place]] = found_value
         lengths.append(longest)
@@ -145,38 +131,52 @@ def stacked_rows(rows: Sequence[Sequence[Entry]], query: Tensor) -> Stacked:
 
 
 class SharedTerms:
-    """What code gets from the attention modules of a model in place of the active adapter's terms.
+    """What code gets from the modules at one place in place of the active adapter's terms.
 
     Args:
-        rows: By the `id` of a base attention module, the adapters of each row. A single row stands
-            for a whole batch, of any size.
+        rows: For each row of a batch, the modules of its adapters. A single row stands for a whole
+            batch, of any size.
     """
 
-    def __init__(self, rows: Mapping[int, Sequence[Sequence[Entry]]]) -> None:
+    def __init__(self, rows: Sequence[Sequence[WeightedModule]]) -> None:
+        found = entries_of(rows)
         self._rows = {
-            (site, is_projected): chosen
-            for site, at in rows.items()
+            is_projected: chosen
             for is_projected in (True, False)
-            if any(chosen := [_of_kind(row, is_projected=is_projected) for row in at])
+            if any(chosen := [_of_kind(row, is_projected=is_projected) for row in found])
         }
         self._terms = {
-            site: RowTerms(chosen) for site, chosen in self._rows.items() if len(chosen) > 1
+            is_projected: RowTerms(chosen)
+            for is_projected, chosen in self._rows.items()
+            if len(chosen) > 1
         }
 
     def term(
         self, attention: AdaptedAttention, query: Tensor, *, scaling: float, is_projected: bool
     ) -> Tensor | None:
         """Return the term at an attention module; see `PromptPart.term`."""
-        site = id(attention.base_attention), is_projected
-        if site not in self._rows:
+        if is_projected not in self._rows:
             return None
-        if site in self._terms:
-            return self._terms[site].term(query, scaling=scaling, is_training=attention.training)
+        if is_projected in self._terms:
+            return self._terms[is_projected].term(
+                query, scaling=scaling, is_training=attention.training
+            )
         terms = [
             part.term(at, query, scaling=scaling, is_training=attention.training)
-            for at, part in self._rows[site][0]
+            for at, part in self._rows[is_projected][0]
         ]
         return sum(terms[1:], start=terms[0])
+
+
+def entries_of(rows: Sequence[Sequence[WeightedModule]]) -> list[list[Entry]]:
+    """Return the shares of adapters that rows get; rows that get the same have the same ones."""
+    known: dict[int, Entry] = {}
+    for one in (one for row in rows for one in row):
+        if id(one) not in known:
+            attention = cast("AdaptedAttention", one.module)
+            (part,) = attention.prompts
+            known[id(one)] = attention, part.weighted(one.weight)
+    return [[known[id(one)] for one in row] for row in rows]
 
 
 def _of_kind(row: Sequence[Entry], *, is_projected: bool) -> list[Entry]:

@@ -8,9 +8,16 @@ from torch import Tensor
 
 from surgery_adaption_prompt.attention import AdaptedAttention
 from surgery_adaption_prompt.composition import Composition
-from surgery_adaption_prompt.folders import BASE
-from surgery_adaption_prompt.rows import Entry, SharedTerms
-from surgery_core import OptionsError, SwapState, VariantError, listed
+from surgery_adaption_prompt.operation import AdaptionPromptOperation
+from surgery_core import (
+    BASE,
+    OptionsError,
+    Selection,
+    SwapState,
+    listed,
+    require_names,
+    select,
+)
 
 COMPOSED, MERGED, ROWS = "derived/composed", "derived/merged", "derived/rows"
 """Variants made of adapters; no adapter's name has a separator."""
@@ -34,29 +41,9 @@ class Derived:
     choice: Choice
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Selected:
-    """Adapters that were looked up.
-
-    Args:
-        names: The adapters.
-        rows: By FQN, for each row the adapters whose terms are added.
-    """
-
-    names: frozenset[str]
-    rows: Mapping[str, Sequence[Sequence[Entry]]]
-
-    def terms(self) -> SharedTerms:
-        """Return what attention modules are asked for."""
-        by_site = {}
-        for chosen in self.rows.values():
-            attention = next(at for row in chosen for at, _ in row)
-            are_equal = all(row == chosen[0] for row in chosen)
-            by_site[id(attention.base_attention)] = chosen[:1] if are_equal else chosen
-        return SharedTerms(by_site)
-
-
-def select(swap_state: SwapState, known: Collection[str], choices: Sequence[Choice]) -> Selected:
+def select_adapters(
+    swap_state: SwapState, known: Collection[str], choices: Sequence[Choice]
+) -> Selection:
     """Look up the adapters of some rows.
 
     Args:
@@ -68,32 +55,15 @@ def select(swap_state: SwapState, known: Collection[str], choices: Sequence[Choi
         OptionsError: There is no choice, or an adapter cannot share a batch with others.
         VariantError: There is no such adapter.
     """
-    if not choices:
-        msg = f"Selection has no rows: expected an adapter name or {BASE!r} for each row, got none."
-        raise OptionsError(msg)
-    compositions = [weights_of(choice) for choice in choices]
-    names = frozenset(name for found in compositions for name in found)
-    require_adapters(names, known)
-    modules = {name: prompt_modules(name, swap_state) for name in names}
-    for name, found in modules.items():
-        _require_place(name, found)
-    entries: dict[tuple[str, float, str], Entry] = {}
-
-    def entry(name: str, weight: float, fqn: str) -> Entry:
-        module = modules[name][fqn]
-        (part,) = module.prompts
-        # One part for each adapter and weight, which is how rows that get the same are found.
-        return entries.setdefault((name, weight, fqn), (module, part.weighted(weight)))
-
-    fqns = sorted({fqn for found in modules.values() for fqn in found})
-    return Selected(
-        names=names,
-        rows={
-            fqn: [
-                [entry(n, weight, fqn) for n, weight in found.items() if fqn in modules[n]]
-                for found in compositions
-            ]
-            for fqn in fqns
+    weights = [weights_of(choice) for choice in choices]
+    names = sorted({name for found in weights for name in found})
+    require_names(names, known)
+    operation = AdaptionPromptOperation()
+    return select(
+        weights,
+        {
+            name: {fqn: (operation, m) for fqn, m in prompt_modules(name, swap_state).items()}
+            for name in names
         },
     )
 
@@ -113,30 +83,6 @@ def prompt_modules(name: str, swap_state: SwapState) -> dict[str, AdaptedAttenti
         )
         raise OptionsError(msg)
     return modules
-
-
-def _require_place(name: str, modules: Mapping[str, AdaptedAttention]) -> None:
-    """Refuse an adapter that adds its terms where modules of others would not ask for them."""
-    for fqn, module in modules.items():
-        (part,) = module.prompts
-        if not part.config.project_output and not module.architecture.may_skip_projection(module):
-            msg = (
-                f"Adapter {name!r} cannot be used beside others: expected project_output=True at "
-                f"{fqn!r} for {type(module.base_attention).__name__}. Use set_adapter."
-            )
-            raise OptionsError(msg)
-
-
-def require_adapters(names: Collection[str], known: Collection[str]) -> None:
-    """Refuse names of adapters that there are not.
-
-    Raises:
-        VariantError: There are such names; all are named.
-    """
-    unknown = sorted(name for name in names if name not in known)
-    if unknown:
-        msg = f"Adapter {listed(unknown)} does not exist: expected some of {listed(sorted(known))}."
-        raise VariantError(msg)
 
 
 def check_num_rows(adapter_names: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

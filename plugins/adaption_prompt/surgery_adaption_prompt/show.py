@@ -12,7 +12,7 @@ from torch import Tensor
 from surgery_adaption_prompt.checkpoints import CONFIG_FILE, load_config, load_state
 from surgery_adaption_prompt.config import OWN_TYPE, PEFT_TYPE, AdaptionPromptConfig
 from surgery_adaption_prompt.model import DEFAULT_ADAPTER
-from surgery_adaption_prompt.parts import PROMPT
+from surgery_adaption_prompt.parts import CONDITION_DOWN, PROMPT
 from surgery_adaption_prompt.status import AdapterStatus, described, tensors_status
 from surgery_core import Shown, listed
 
@@ -103,7 +103,7 @@ def _peft_type(folder: Path) -> str:
     """Return the type that a configuration names, empty if it names none."""
     try:
         values = json.loads((folder / CONFIG_FILE).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         # Whose it is cannot be told; `load_config` says what is wrong with it.
         return OWN_TYPE
     return str(values.get("peft_type", "")) if isinstance(values, dict) else ""
@@ -127,7 +127,24 @@ def _notes(status: AdapterStatus, state: Mapping[str, Tensor]) -> tuple[str, ...
             f"{status.adapter_len} tokens and gates in {status.adapter_layers} layers, got prompts "
             f"{listed(found)} and gates in {listed(status.gates)}."
         )
-    bad = sorted(key for key, tensor in state.items() if not torch.isfinite(tensor).all())
+    wanted = (status.condition_rank, status.condition_size)
+    down = {k: tuple(t.shape) for k, t in state.items() if k.endswith(f".{CONDITION_DOWN}")}
+    expected = {f"{fqn}.{CONDITION_DOWN}": wanted for fqn in prompts if wanted[1] is not None}
+    if down != expected:
+        found = [f"{key}: {list(shape)}" for key, shape in sorted(down.items())]
+        size, rank = status.condition_size, status.condition_rank
+        said = "none" if size is None else f"features of size {size} projected with rank {rank}"
+        notes.append(
+            f"Adapter {status.name!r} is not what its configuration says: expected {said}, got "
+            f"{listed(found)}."
+        )
+    bad = sorted(key for key, tensor in state.items() if not _is_finite(tensor))
     if bad:
         notes.append(f"Adapter {status.name!r} has values that are not finite in {listed(bad)}.")
     return tuple(notes)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # Wide, since not every dtype knows of isfinite.
+    wide = tensor.double() if tensor.is_floating_point() else tensor
+    return bool(torch.isfinite(wide).all())

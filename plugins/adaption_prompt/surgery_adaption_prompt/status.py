@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from surgery_adaption_prompt.attention import AdaptedAttention
 from surgery_adaption_prompt.config import AdaptionPromptConfig, Gate, GateActivation
 from surgery_adaption_prompt.functional import activate_gate
-from surgery_adaption_prompt.parts import GATE, PROMPT
+from surgery_adaption_prompt.parts import GATE
 from surgery_core import SwapState, format_table
 
 GateValues = tuple[float, ...]
@@ -35,6 +35,8 @@ class AdapterStatus:
         dtypes: Names without the `torch.` prefix, sorted.
         gates: By FQN of the attention module, lower layers first, after activation; None where
             this process has no values: on the meta device, or sharded over processes.
+        condition_size: Features for each row that the prompts depend on; None for none.
+        condition_rank: Rank of what projects them; None for none.
     """
 
     name: str
@@ -48,6 +50,14 @@ class AdapterStatus:
     devices: tuple[str, ...]
     dtypes: tuple[str, ...]
     gates: Mapping[str, GateValues | None]
+    condition_size: int | None = None
+    condition_rank: int | None = None
+
+    @property
+    def prompt_kind(self) -> str:
+        """`adapter_len`, with the features where there are some, for example `"10 + f(64)"`."""
+        given = "" if self.condition_size is None else f" + f({self.condition_size})"
+        return f"{self.adapter_len}{given}"
 
     @property
     def gate_kind(self) -> str:
@@ -80,6 +90,8 @@ class AdapterStatus:
             "adapter_layers": self.adapter_layers,
             "gate": self.gate,
             "gate_activation": self.gate_activation,
+            "condition_size": self.condition_size,
+            "condition_rank": self.condition_rank,
             "num_parameters": self.num_parameters,
             "num_trainable": self.num_trainable,
             "num_bytes": self.num_bytes,
@@ -222,6 +234,8 @@ def tensors_status(
         adapter_layers=config.adapter_layers,
         gate=config.gate,
         gate_activation=config.gate_activation,
+        condition_size=config.condition_size,
+        condition_rank=None if config.condition_size is None else config.condition_rank,
         num_parameters=sum(tensor.numel() for tensor in tensors.values()),
         num_trainable=sum(tensor.numel() for tensor in tensors.values() if tensor.requires_grad),
         num_bytes=sum(tensor.nbytes for tensor in tensors.values()),
@@ -268,7 +282,7 @@ def described(adapter: AdapterStatus) -> tuple[str, ...]:
     """Return the cells that tables show of every adapter, from its layers to its largest gate."""
     return (
         str(adapter.adapter_layers),
-        str(adapter.adapter_len),
+        adapter.prompt_kind,
         adapter.gate_kind,
         f"{adapter.num_parameters:,}",
         f"{adapter.num_bytes:,}",
@@ -283,7 +297,7 @@ def _tensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
     """Yield an adapter's tensors with `fqn.name`; unlike `adapter_state`, not detached."""
     for fqn, module in modules.items():
         if isinstance(module, AdaptedAttention):
-            own = {name: getattr(module, name) for name in (GATE, PROMPT)}
+            own: Mapping[str, Tensor] = module.prompt_parameters()
         else:
             own = module.state_dict(keep_vars=True)
         yield from ((f"{fqn}.{name}", tensor) for name, tensor in own.items())

@@ -18,6 +18,7 @@ from surgery_core import (
     Tree,
     Where,
     execution_device,
+    is_sharded,
     listed,
 )
 
@@ -93,8 +94,15 @@ class TrainableCopyOperation(Operation[TrainableCopyOptions]):
 
         Raises:
             ContractError: The copy could not be trained, since accelerate would load the base's
-                weights into it with each call.
+                weights into it with each call, or since they are spread over processes.
         """
+        if any(map(is_sharded, site.module.parameters())):
+            expected, actual = "whole weights", "some that are spread over processes"
+            msg = (
+                f"Operation {NAME!r} cannot work at {site.fqn!r}: expected {expected}, got "
+                f"{actual}. Choose modules that stay whole."
+            )
+            raise ContractError(msg, fqn=site.fqn, expected=expected, actual=actual)
         passing = any(parameter.is_meta for parameter in site.module.parameters())
         if options.is_trainable and passing and execution_device(site.module) is not None:
             expected, actual = "weights that stay", "some that accelerate loads with each call"

@@ -6,7 +6,7 @@ from surgery_low_rank.merging import Merge, merge_
 from surgery_low_rank.operation import LowRankOperation
 from surgery_low_rank.options import LowRankOptions
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "LowRankLinear",

@@ -44,14 +44,7 @@ class LowRankSum(WeightedSum[LowRankLinear]):
         Raises:
             ContractError: A variant is merged into the layer's weight.
         """
-        modules = self._at(site, options)
-        if any(is_over_merged(module, site.module) for module in modules.values()):
-            expected, actual = "the weight of the base", "one that a variant was merged into"
-            msg = (
-                f"Variants {listed(modules)} cannot be active together at {site.fqn!r}: expected "
-                f"{expected}, got {actual}. Call unmerge() first."
-            )
-            raise ContractError(msg, fqn=site.fqn, expected=expected, actual=actual)
+        check_unmerged(site, self._at(site, options))
         return super().describe(site, options)
 
     def join(
@@ -65,3 +58,22 @@ class LowRankSum(WeightedSum[LowRankLinear]):
             for a, b in [composed_names(name, self.parameters)]
         ]
         return low_rank_with(site.module, parts, self.borrowed(modules))
+
+
+def check_unmerged(site: Site, modules: Mapping[str, LowRankLinear]) -> None:
+    """Refuse variants where one is in the weight of the layer, and would count for all.
+
+    Args:
+        site: The layer.
+        modules: Those of the variants for it, by name.
+
+    Raises:
+        ContractError: It is so.
+    """
+    if any(is_over_merged(module, site.module) for module in modules.values()):
+        expected, actual = "the weight of the base", "one that a variant was merged into"
+        msg = (
+            f"Variants {listed(modules)} cannot be used together at {site.fqn!r}: expected "
+            f"{expected}, got {actual}. Call unmerge() first."
+        )
+        raise ContractError(msg, fqn=site.fqn, expected=expected, actual=actual)

@@ -1,16 +1,15 @@
 """`LowRankLinear`: a linear layer of the base with two narrow matrices beside its own forward."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Self
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from surgery_core import dispatch_again, execution_device
+from surgery_core import Overlay, Shareable, make_overlay, replacement_device
 from surgery_low_rank.functional import low_rank_term
 from surgery_low_rank.options import LowRankOptions, parameter_dtype
 
@@ -41,8 +40,33 @@ class Part:
         """Both factors as one."""
         return self.weight * self.scaling
 
+    def term(self, layer: nn.Module, x: Tensor, *, is_training: bool) -> Tensor:
+        """Return what the matrices of a layer add to its output.
 
-class LowRankLinear(nn.Module):
+        Args:
+            layer: Has the parameters.
+            x: `(..., in_features)`, in any floating-point dtype.
+            is_training: Whether features of it may be dropped.
+
+        Returns:
+            `(..., out_features)`, in the parameters' dtype, but at least float32.
+        """
+        a, b = getattr(layer, self.a), getattr(layer, self.b)
+        # Cast before dropout, as in PEFT, so that the same features are dropped.
+        x = x.to(a.dtype)
+        if self.dropout:
+            x = functional.dropout(x, self.dropout, is_training)
+        return low_rank_term(x, a, b, scaling=self.factor)
+
+
+class OtherTerms(Protocol):
+    """What the code that runs now gets from a layer in place of the layer's own terms."""
+
+    def added_to(self, output: Tensor, x: Tensor, *, is_training: bool) -> Tensor:
+        """Return the output of the base's forward with them."""
+
+
+class LowRankLinear(Overlay, Shareable):
     """A linear layer that computes `W x + scaling * B (A x)`, with `W x` by the base's forward.
 
     Never built directly: `low_rank_linear` gives an object of a class that derives from this one and
@@ -53,6 +77,8 @@ class LowRankLinear(nn.Module):
     - `lora_A`, `(r, in_features)`: random at first.
     - `lora_B`, `(out_features, r)`: zeros at first.
 
+    Without any part it is a place for the terms of `sharing`.
+
     While it is merged (see `surgery_low_rank.merging`) the base's forward alone is run, with a weight
     that has all of it.
 
@@ -60,7 +86,8 @@ class LowRankLinear(nn.Module):
     zero may change. Base FQNs stay.
     """
 
-    low_rank_base: nn.Module
+    overlay_prefix = "LowRank"
+
     low_rank_parts: tuple[Part, ...]
     is_merged: bool
 
@@ -69,41 +96,31 @@ class LowRankLinear(nn.Module):
         output: Tensor = super().forward(input, *args, **kwargs)
         if self.is_merged:
             return output
+        # Under another overlay this is part of its base, and the object's `sharing` is that one's.
+        sharing = self.sharing if self.overlay_kind is LowRankLinear else None
+        if sharing is not None and sharing.is_in_force:
+            terms = sharing.terms()
+            if terms is not None:
+                other: OtherTerms | None = terms.get(id(self.overlay_base))
+                if other is None:
+                    return output
+                return other.added_to(output, input, is_training=self.training)
         found = output
         for part in self.low_rank_parts:
-            a, b = getattr(self, part.a), getattr(self, part.b)
-            # Cast before dropout, as in PEFT, so that the same features are dropped.
-            x = input.to(a.dtype)
-            if part.dropout:
-                x = functional.dropout(x, part.dropout, self.training)
-            found = found + low_rank_term(x, a, b, scaling=part.factor)
+            found = found + part.term(self, input, is_training=self.training)
         # Rounded once: the sum is in float32 at least.
         return found.to(output.dtype)
 
-    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 (torch's signature)
-        """Set an attribute; another parameter in the place of a base's is the base's too."""
-        super().__setattr__(name, value)
-        if isinstance(value, nn.Parameter):
-            self._give_back()
+    def takes(self, name: str, parameter: nn.Parameter | None) -> bool:
+        """Tell whether a parameter has no terms in it, which are those of another layer here."""
+        del name
+        return not getattr(parameter, _MERGED, False)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 (torch's signature)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # Parameters may have become new objects (from or to the meta device).
-        self._give_back()
-        return self
-
-    def _give_back(self) -> None:
-        """Let the base have the parameters that stand under its names here."""
-        theirs = self.low_rank_base._parameters  # noqa: SLF001 (torch's registry)
-        for name in theirs.keys() & self._parameters.keys():
-            if theirs[name] is not self._parameters[name]:
-                # Not past the base, which may stand for another layer in turn.
-                setattr(self.low_rank_base, name, self._parameters[name])
-
-    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
-        # The class is made at run time, so copies and pickles make it again.
-        state = {name: value for name, value in vars(self).items() if name != _COMPILED}
-        return _over, (self.low_rank_base,), state
+    def sharing_problem(self) -> str | None:
+        """Tell whether everybody gets the terms of this layer, since they are in the weight."""
+        if is_over_merged(self, self.overlay_base):
+            return "a merged layer" if self.is_merged else "a layer over a merged weight"
+        return None
 
 
 def low_rank_linear(base: nn.Linear, options: LowRankOptions) -> LowRankLinear:
@@ -124,10 +141,7 @@ def low_rank_linear(base: nn.Linear, options: LowRankOptions) -> LowRankLinear:
         >>> [name for name, _ in adapted.named_parameters()]
         ['weight', 'bias', 'lora_A', 'lora_B']
     """
-    device = execution_device(base)
-    if device is None:
-        # Packed quantised layers have buffers only.
-        device = next((t.device for t in (*base.parameters(), *base.buffers())), None)
+    device = replacement_device(base)
     dtype = parameter_dtype(base, options.dtype)
     shapes = added_shapes(base, options)
     # Drawn in float32 on the CPU: the values then depend on neither dtype nor device.
@@ -153,22 +167,12 @@ def low_rank_with(
 
     Args:
         base: The layer.
-        parts: At least one.
+        parts: None for a layer that only listens to `sharing`.
         own: The parameters that they name.
     """
-    adapted = _over(base)
-    # Not __init__: the replacement takes over the state of the base, tables shared, and makes none.
-    vars(adapted).update(vars(base))
-    vars(adapted).update(
-        low_rank_base=base,
-        low_rank_parts=tuple(parts),
-        is_merged=False,
-        _parameters={**base._parameters, **own},  # noqa: SLF001 (torch's registry; a table of its own keeps the base's free of ours)
-    )
-    # Of the base, which would be called in place of the replacement.
-    vars(adapted).pop(_COMPILED, None)
-    dispatch_again(adapted)
-    return adapted
+    # Not the sharing of a base that stands for another layer in turn.
+    attributes = {"low_rank_parts": tuple(parts), "is_merged": False, "sharing": None}
+    return make_overlay(base, LowRankLinear, parameters=own, attributes=attributes)
 
 
 def mark_merged_(weight: nn.Parameter) -> None:
@@ -191,21 +195,4 @@ def is_over_merged(module: LowRankLinear, base: nn.Module) -> bool:
     )
 
 
-_COMPILED = "_compiled_call_impl"
 _MERGED = "_has_low_rank_terms"
-
-
-def _over(base: nn.Module) -> LowRankLinear:
-    # Of the object, since its class may be made at run time too.
-    return _blank(type(base))
-
-
-def _blank(base: type[nn.Module]) -> LowRankLinear:
-    cls = _low_rank_class(base)  # type: ignore[arg-type]  # mypy takes the instances' __hash__ for the class's
-    return cls.__new__(cls)
-
-
-@cache
-def _low_rank_class(base: type[nn.Module]) -> type[LowRankLinear]:
-    """Return the one class for such layers of a base class: torch.compile guards on it."""
-    return type(f"LowRank{base.__name__}", (LowRankLinear, base), {"__module__": __name__})

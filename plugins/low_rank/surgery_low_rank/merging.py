@@ -79,8 +79,7 @@ class Merge:
             if (before.device, before.dtype) != (after.device, after.dtype):
                 # The object stays, as it does where torch moves a module.
                 before.data = before.data.to(after.device, after.dtype)
-            _put(found.module, before)
-            found.module.is_merged = False
+            _put(found.module, before, is_merged=False)
         self.is_merged = False
 
     def __enter__(self) -> Self:
@@ -129,7 +128,7 @@ def merge_(target: EditedModel | Mapping[str, nn.Module]) -> Merge:
         >>> _ = nn.init.normal_(layer.lora_B)
         >>> expected, weight = layer(x), layer.weight
         >>> with merge_({"layer": layer}):
-        ...     torch.allclose(expected, layer.low_rank_base(x), atol=1e-6)
+        ...     torch.allclose(expected, layer.overlay_base(x), atol=1e-6)
         True
         >>> layer.weight is weight
         True
@@ -169,8 +168,7 @@ def merge_(target: EditedModel | Mapping[str, nn.Module]) -> Merge:
         )
         raise StateError(msg, mismatched=bad)
     for each in layers:
-        _put(each.module, each.after)
-        each.module.is_merged = True
+        _put(each.module, each.after, is_merged=True)
     return Merge(tuple(layers))
 
 
@@ -187,9 +185,13 @@ def merged_weight(module: LowRankLinear) -> Tensor:
 
 def _problem(module: LowRankLinear) -> str | None:
     """Return why a layer cannot be merged; None if it can."""
-    weight, base = module._parameters.get(_WEIGHT), type(module.low_rank_base)  # noqa: SLF001 (torch's registry)
+    weight = module._parameters.get(_WEIGHT)  # noqa: SLF001 (torch's registry)
+    # Another layer may be over this one, and is one of its kind then.
+    base = type(next(m for m in module.overlay_stack() if not isinstance(m, LowRankLinear)))
     if module.is_merged:
         return "one that is merged already"
+    if module.sharing is not None and module.sharing.is_in_force:
+        return "one that rows or threads use other variants at"
     if weight is None:
         return "no weight of its own"
     # Quantised ones are of classes of their own, or of one byte.
@@ -200,7 +202,9 @@ def _problem(module: LowRankLinear) -> str | None:
     return "a weight without values" if weight.is_meta else None
 
 
-def _put(module: LowRankLinear, weight: nn.Parameter) -> None:
-    """Let a layer and its base have a weight."""
-    for each in (module, module.low_rank_base):
+def _put(module: LowRankLinear, weight: nn.Parameter, *, is_merged: bool) -> None:
+    """Let a layer and all that is under it have a weight, with or without its terms."""
+    for each in module.overlay_stack():
         each._parameters[_WEIGHT] = weight  # noqa: SLF001 (torch's registry)
+        if isinstance(each, LowRankLinear):
+            each.is_merged = is_merged

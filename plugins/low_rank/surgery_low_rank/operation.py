@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -16,20 +16,29 @@ from surgery_core import (
     Site,
     TensorSpec,
     Tree,
+    WeightedModule,
     WeightedVariant,
     Where,
     check_linear,
     listed,
 )
 from surgery_low_rank import peft_format
-from surgery_low_rank.composition import compose
-from surgery_low_rank.linear import A, B, LowRankLinear, added_shapes, low_rank_linear
+from surgery_low_rank.composition import check_unmerged, compose
+from surgery_low_rank.linear import (
+    A,
+    B,
+    LowRankLinear,
+    added_shapes,
+    low_rank_linear,
+    low_rank_with,
+)
 from surgery_low_rank.options import (
     LowRankOptions,
     is_target,
     low_rank_schema,
     parameter_dtype,
 )
+from surgery_low_rank.rows import RowTerms
 
 NAME = "low_rank"
 
@@ -109,6 +118,20 @@ class LowRankOperation(Operation[LowRankOptions]):
     def options_schema(self) -> Mapping[str, Any]:
         """Return the JSON Schema of the options."""
         return low_rank_schema()
+
+    def listener(self, site: Site) -> LowRankLinear:
+        """Return the layer of the site without matrices."""
+        return low_rank_with(site.module, [], {})
+
+    def shared(self, site: Site, rows: Sequence[Sequence[WeightedModule]]) -> RowTerms:
+        """Return the terms of the rows' variants.
+
+        Raises:
+            ContractError: A variant is merged into the weight of the layer.
+        """
+        modules = {one.name: cast("LowRankLinear", one.module) for row in rows for one in row}
+        check_unmerged(site, modules)
+        return RowTerms(rows, fqn=site.fqn)
 
     def compose(self, variants: Sequence[WeightedVariant]) -> Composed:
         """Return the weighted sum of what they add; see `surgery_low_rank.composition`.

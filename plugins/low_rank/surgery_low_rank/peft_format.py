@@ -8,10 +8,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from surgery_core import Saved, StateError, SurgeryError, listed
+from surgery_core import (
+    Saved,
+    StateError,
+    SurgeryError,
+    listed,
+    one_writer,
+    whole_tensors,
+    write_files,
+)
 from surgery_low_rank.linear import A, B, LowRankLinear
 from surgery_low_rank.options import LowRankOptions, is_target
 
@@ -74,9 +82,10 @@ def read_folder(folder: Path, model: nn.Module) -> Saved:
 def write_folder(
     folder: Path, options: LowRankOptions, modules: Mapping[str, LowRankLinear]
 ) -> None:
-    """Write a folder that PEFT loads; each file is complete or not there.
+    """Write a folder that PEFT loads; after an error it is as it was.
 
     Layers are named by their whole FQNs, since PEFT has no other way to say which ones a rule chose.
+    Where the matrices are sharded every process must call this, and the first one writes.
 
     Args:
         folder: Made if it is not there; the two files in it are replaced.
@@ -85,11 +94,15 @@ def write_folder(
 
     Raises:
         StateError: A value is not finite; nothing was written.
+        OSError: A file could not be written; it is named.
     """
-    tensors = {
-        f"{PREFIX}{fqn}.{name}.weight": getattr(module, name).detach().contiguous().cpu()
+    held: dict[str, Tensor] = {
+        f"{PREFIX}{fqn}.{name}.weight": getattr(module, name)
         for fqn, module in modules.items()
         for name in (A, B)
+    }
+    tensors = {
+        key: tensor.detach().contiguous().cpu() for key, tensor in whole_tensors(held).items()
     }
     bad = [key for key, t in tensors.items() if t.is_meta or not bool(torch.isfinite(t).all())]
     if bad:
@@ -113,16 +126,18 @@ def write_folder(
         "target_modules": sorted(modules),
         "use_rslora": options.use_rslora,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    staged = {name: folder / f".{name}.{os.getpid()}.tmp" for name in (WEIGHTS_FILE, CONFIG_FILE)}
-    try:
-        save_file(tensors, staged[WEIGHTS_FILE], metadata={"format": "pt"})
-        staged[CONFIG_FILE].write_text(json.dumps(config, indent=2, sort_keys=True))
-        for name, path in staged.items():
-            path.replace(folder / name)
-    finally:
-        for path in staged.values():
-            path.unlink(missing_ok=True)
+    with one_writer(held.values()) as is_writer:
+        if is_writer:
+            _write(folder, config, tensors)
+
+
+def _write(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    files = {
+        WEIGHTS_FILE: save(tensors, metadata={"format": "pt"}),
+        CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(),
+    }
+    # As PEFT does: who trains saves often, and waits for no disk.
+    write_files(folder, files, durable=False)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

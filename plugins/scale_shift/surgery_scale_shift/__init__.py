@@ -7,7 +7,7 @@ from surgery_scale_shift.operation import ScaleShiftOperation
 from surgery_scale_shift.options import ScaleShiftOptions, TunedNormOptions
 from surgery_scale_shift.tuned_norm import TunedNormOperation
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "ScaleShiftOperation",

@@ -1,14 +1,13 @@
 """`ScaledLinear`: a linear layer of the base with a learned scale and bias around its own forward."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgery_core import dispatch_again, execution_device
+from surgery_core import Overlay, make_overlay, replacement_device
 from surgery_scale_shift.functional import scale_and_shift, shift_then_scale
 from surgery_scale_shift.options import Form, ScaleShiftOptions, parameter_dtype
 
@@ -31,7 +30,7 @@ class Part:
     bias: str = BIAS
 
 
-class ScaledLinear(nn.Module):
+class ScaledLinear(Overlay):
     """A linear layer that computes `s (W x + b)`, or `W (s x) + b`, with `W x` by the base's forward.
 
     Never built directly: `scale_linear` gives an object of a class that derives from this one and
@@ -45,7 +44,8 @@ class ScaledLinear(nn.Module):
     Invariant: with those values the output equals the base's, bit for bit. Base FQNs stay.
     """
 
-    base_linear: nn.Module
+    overlay_prefix = "Scaled"
+
     form: Form
     parts: tuple[Part, ...]
 
@@ -81,28 +81,6 @@ class ScaledLinear(nn.Module):
             found = found + part.weight * own
         return found  # type: ignore[return-value]  # same
 
-    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 (torch's signature)
-        """Set an attribute; another parameter in the place of a base's is the base's too."""
-        super().__setattr__(name, value)
-        if isinstance(value, nn.Parameter):
-            self._give_back()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 (torch's signature)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # Parameters may have become new objects (from or to the meta device).
-        self._give_back()
-        return self
-
-    def _give_back(self) -> None:
-        """Let the base have the parameters that stand under its names here."""
-        theirs = self.base_linear._parameters  # noqa: SLF001 (torch's registry)
-        theirs.update({name: self._parameters[name] for name in theirs if name in self._parameters})
-
-    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
-        # The class is made at run time, so copies and pickles make it again.
-        state = {name: value for name, value in vars(self).items() if name != _COMPILED}
-        return _blank, (type(self.base_linear),), state
-
 
 def scale_linear(base: nn.Linear, options: ScaleShiftOptions) -> ScaledLinear:
     """Return a linear layer with a new scale and bias; the base is not changed.
@@ -122,10 +100,7 @@ def scale_linear(base: nn.Linear, options: ScaleShiftOptions) -> ScaledLinear:
         >>> [name for name, _ in scaled.named_parameters()]
         ['weight', 'bias', 'adapter_scale', 'adapter_bias']
     """
-    device = execution_device(base)
-    if device is None:
-        # Packed quantised layers have buffers only.
-        device = next((t.device for t in (*base.parameters(), *base.buffers())), None)
+    device = replacement_device(base)
     dtype = parameter_dtype(base, options.dtype)
     own = {
         name: nn.Parameter(
@@ -156,35 +131,10 @@ def scale_with(
         parts: At least one.
         own: The parameters that they name.
     """
-    scaled = _blank(type(base))
-    # Not __init__: the replacement takes over the state of the base, tables shared, and makes none.
-    vars(scaled).update(vars(base))
-    vars(scaled).update(
-        base_linear=base,
-        form=form,
-        parts=tuple(parts),
-        _parameters={**base._parameters, **own},  # noqa: SLF001 (torch's registry; a table of its own keeps the base's free of ours)
-    )
-    # Of the base, which would be called in place of the replacement.
-    vars(scaled).pop(_COMPILED, None)
-    dispatch_again(scaled)
-    return scaled
-
-
-_COMPILED = "_compiled_call_impl"
+    attributes = {"form": form, "parts": tuple(parts)}
+    return make_overlay(base, ScaledLinear, parameters=own, attributes=attributes)
 
 
 def _wide(tensor: Tensor) -> Tensor:
     # Sums of several parts would be rounded coarsely in the dtype of narrow parameters.
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _blank(base: type[nn.Module]) -> ScaledLinear:
-    cls = _scaled_class(base)  # type: ignore[arg-type]  # mypy takes the instances' __hash__ for the class's
-    return cls.__new__(cls)
-
-
-@cache
-def _scaled_class(base: type[nn.Module]) -> type[ScaledLinear]:
-    """Return the one class for scaled layers of a base class: torch.compile guards on it."""
-    return type(f"Scaled{base.__name__}", (ScaledLinear, base), {"__module__": __name__})

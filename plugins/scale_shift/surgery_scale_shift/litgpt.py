@@ -3,12 +3,10 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from surgery_core import StateError, SurgeryError, listed
+from surgery_core import StateError, SurgeryError, listed, load_pickled
 from surgery_scale_shift.linear import BIAS, SCALE
 
 _PROMPTS = (".adapter_wte.weight", ".gating_factor")
@@ -43,22 +41,7 @@ def read_adapter(path: str | os.PathLike[str]) -> LitgptAdapter:
         `adapter_wte.weight` and `gating_factor`.
     """
     subject = f"litgpt checkpoint {os.fspath(path)!r}"
-    try:
-        found = torch.load(Path(path), map_location="cpu", weights_only=True)
-    # Whatever torch's unpickler makes of a damaged file; it documents no set of errors.
-    except Exception as err:
-        msg = (
-            f"{subject} cannot be read: expected tensors by name, as torch.save writes them, got "
-            f"{type(err).__name__}: {str(err).partition(chr(10))[0]}. Save its tensors alone."
-        )
-        raise SurgeryError(msg) from err
-    if isinstance(found, dict) and found.keys() == {"model"}:
-        found = found["model"]
-    if not isinstance(found, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
-    ):
-        msg = f"{subject} is no adapter: expected tensors by name, got something else."
-        raise SurgeryError(msg)
+    found = load_pickled(path, subject=subject)
     scales = {name: t for name, t in found.items() if name.endswith((f".{SCALE}", f".{BIAS}"))}
     prompts = {name: t for name, t in found.items() if name.endswith(_PROMPTS)}
     norms = {name: t for name, t in found.items() if not {name} & {*scales, *prompts}}

@@ -15,6 +15,7 @@ from surgery_core import (
     Saved,
     Selector,
     Site,
+    TensorSpec,
     Tree,
     Where,
     check_forward,
@@ -64,8 +65,8 @@ class TunedNormOperation(Operation[TunedNormOptions]):
             raise NoMatchError(msg, selector=NAME, candidates=())
         return Where(lambda _, module: is_norm(module), "norms")
 
-    def describe(self, site: Site, options: TunedNormOptions) -> Effects:  # noqa: ARG002 (any options)
-        """Return that no key of the state dict changes.
+    def describe(self, site: Site, options: TunedNormOptions) -> Effects:
+        """Return that no key of the state dict changes, and which parameters get another dtype.
 
         Raises:
             ContractError: The module has children or no parameters, or its forward is patched, or
@@ -82,7 +83,7 @@ class TunedNormOperation(Operation[TunedNormOptions]):
             expected, actual = "floating-point parameters", str(own[0].dtype)
         else:
             check_forward(site, NAME)
-            return Effects()
+            return _effects(module, options)
         msg = (
             f"Operation {NAME!r} cannot work at {site.fqn!r}: expected {expected}, got {actual}. "
             "Narrow the selector to norms."
@@ -113,6 +114,22 @@ class TunedNormOperation(Operation[TunedNormOptions]):
         norms = litgpt.read_adapter(source).norms
         litgpt.check_names(source, norms, model)
         return Saved(options=dict(options), state=norms)
+
+
+def _effects(module: nn.Module, options: TunedNormOptions) -> Effects:
+    dtype = parameter_dtype(module, options.dtype)
+    return Effects(
+        retyped=tuple(
+            TensorSpec(
+                name=name,
+                shape=tuple(parameter.shape),
+                dtype=str(dtype).removeprefix("torch."),
+                trainable=options.is_trainable,
+            )
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+            if parameter.dtype is not dtype
+        )
+    )
 
 
 def is_norm(module: nn.Module) -> bool:
