@@ -22,6 +22,7 @@ from surgery_core import (
     listed,
     load_pickled,
     load_tensors_,
+    whole_tensors,
     write_files,
 )
 
@@ -45,12 +46,31 @@ def adapter_state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         `(condition_rank, condition_size)`, and `{fqn}.adaption_condition_up`, `(hidden,
         condition_rank)`; of other modules everything in their state dict.
     """
+    return {name: tensor.detach() for name, tensor in _held_state(modules).items()}
+
+
+def whole_state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return what `adapter_state` does, whole; every process must call this where it is sharded.
+
+    Args:
+        modules: As for `adapter_state`.
+
+    Raises:
+        StateError: See `whole_tensors`.
+    """
+    # Before they are detached: what shards them notes it on the parameters.
+    whole = whole_tensors(_held_state(modules))
+    return {name: tensor.detach() for name, tensor in whole.items()}
+
+
+def _held_state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for fqn, module in modules.items():
+        own: Mapping[str, Tensor]
         if isinstance(module, AdaptedAttention):
-            own = {name: found.detach() for name, found in module.prompt_parameters().items()}
+            own = module.prompt_parameters()
         else:
-            own = module.state_dict()
+            own = module.state_dict(keep_vars=True)
         state |= {f"{fqn}.{name}": tensor for name, tensor in own.items()}
     return state
 
@@ -67,7 +87,7 @@ def load_state_(modules: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -
             problems are named and nothing was copied.
     """
     load_tensors_(
-        adapter_state(modules),
+        _held_state(modules),
         state,
         subject="State does not fit the adapter",
         fix="Load it with the configuration it was trained with, on the model it was trained for.",

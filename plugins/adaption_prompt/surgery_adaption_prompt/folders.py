@@ -13,12 +13,12 @@ from surgery_adaption_prompt.attention import AdaptedAttention
 from surgery_adaption_prompt.base_check import base_fingerprint, fingerprint_file
 from surgery_adaption_prompt.checkpoints import (
     adapter_files,
-    adapter_state,
     check_finite,
     load_config,
     load_state,
     peft_form,
     peft_problems,
+    whole_state,
 )
 from surgery_adaption_prompt.config import AdaptionPromptConfig
 from surgery_adaption_prompt.parts import parameter_shapes
@@ -29,7 +29,6 @@ from surgery_core import (
     VariantError,
     listed,
     one_writer,
-    whole_tensors,
     write_files,
 )
 
@@ -68,7 +67,7 @@ class SavableAdapter:
         Raises:
             StateError: It has values that are not finite, or PEFT cannot have it.
         """
-        state = whole_tensors(adapter_state(modules))
+        state = whole_state(modules)
         check_finite(state)
         if for_peft:
             config, state = peft_form(config, state)
@@ -167,7 +166,8 @@ def check_name(name: str) -> None:
     if name == BASE:
         msg = f"Adapter name {name!r} stands for the base in lists of adapters. Choose another."
         raise VariantError(msg)
-    if not name or name != Path(name).name or name.startswith("."):
+    is_plain = name == Path(name).name and name.isprintable()
+    if not name or not is_plain or name.startswith("."):
         msg = (
             f"Adapter name {name!r} cannot name a folder: expected one without separators that does "
             "not begin with a dot. Choose another."

@@ -12,9 +12,9 @@ from torch import Tensor
 from surgery_adaption_prompt.checkpoints import CONFIG_FILE, load_config, load_state
 from surgery_adaption_prompt.config import OWN_TYPE, PEFT_TYPE, AdaptionPromptConfig
 from surgery_adaption_prompt.model import DEFAULT_ADAPTER
-from surgery_adaption_prompt.parts import CONDITION_DOWN, PROMPT
+from surgery_adaption_prompt.parts import CONDITION_DOWN, GATE, PROMPT
 from surgery_adaption_prompt.status import AdapterStatus, described, tensors_status
-from surgery_core import Shown, listed
+from surgery_core import Shown, StateError, listed
 
 COLUMNS = (
     *("adapter", "type", "layers", "K", "gate", "parameters", "bytes", "dtypes", "mean |gate|"),
@@ -35,6 +35,13 @@ class _SavedAdapter:
     @classmethod
     def read(cls, name: str, folder: Path, peft_type: str) -> "_SavedAdapter":
         config, state = load_config(folder), load_state(folder)
+        strange = sorted(key for key, found in state.items() if _is_complex_gate(key, found))
+        if strange:
+            msg = (
+                f"{str(folder)!r} is no adapter: expected real numbers, got complex ones under "
+                f"{listed(strange)}. Pass a folder that save_pretrained wrote."
+            )
+            raise StateError(msg, mismatched=strange)
         status = tensors_status(name, config, state)
         return cls(peft_type=peft_type, config=config, status=status, notes=_notes(status, state))
 
@@ -142,6 +149,10 @@ def _notes(status: AdapterStatus, state: Mapping[str, Tensor]) -> tuple[str, ...
     if bad:
         notes.append(f"Adapter {status.name!r} has values that are not finite in {listed(bad)}.")
     return tuple(notes)
+
+
+def _is_complex_gate(key: str, tensor: Tensor) -> bool:
+    return key.endswith(f".{GATE}") and tensor.is_complex()
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -1,0 +1,82 @@
+"""Feed readers damaged files, steered by coverage: `make fuzz`, or `coverage_guided.py SECONDS [READER...]`.
+
+Not part of the tests: atheris is needed, which has wheels for some versions of Python alone. Each
+reader has a process of its own; an input that shows something is kept in `build/fuzz`. What is found
+goes into `test_regressions.py`.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+TESTS = Path(__file__).parents[1]
+sys.path.insert(0, str(TESTS))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+INSTRUMENTED = (
+    *("surgery_core", "surgery_adaption_prompt", "surgery_low_rank", "surgery_scale_shift"),
+    *("yaml", "tomllib"),
+)
+FOUND = TESTS.parent / "build" / "fuzz"
+ONE = "--one"
+
+with atheris.instrument_imports(include=list(INSTRUMENTED)):
+    from fuzz.mutations import damaged
+    from fuzz.readers import READERS, check
+
+
+def run_each(seconds: int, names: list[str]) -> int:
+    """Fuzz readers one after the other; return how many showed something."""
+    FOUND.mkdir(parents=True, exist_ok=True)
+    bad = []
+    for name in names or READERS:
+        options = (f"-max_total_time={seconds}", "-max_len=4096", "-len_control=0", "-timeout=60")
+        kept = f"-artifact_prefix={FOUND}/{name}-"
+        command = [
+            sys.executable,
+            __file__,
+            ONE,
+            name,
+            *options,
+            kept,
+            "-verbosity=0",
+            "-print_final_stats=1",
+        ]
+        print(f"== {name}", flush=True)  # noqa: T201 (a program)
+        if subprocess.run(command, check=False).returncode:  # noqa: S603 (this file)
+            bad.append(name)
+    print(f"Something was found in: {', '.join(bad) or 'none'}.")  # noqa: T201 (a program)
+    return len(bad)
+
+
+def run_one(name: str, options: list[str]) -> None:
+    """Fuzz one reader until the time is up, or until something is found."""
+    valid = READERS[name].files()
+
+    def one_input(data: bytes) -> None:
+        provider = atheris.FuzzedDataProvider(data)
+        files = dict(valid)
+        target = sorted(files)[provider.ConsumeIntInRange(0, len(files) - 1)]
+        if provider.ConsumeBool():
+            files[target] = damaged(
+                target, files[target], lambda n: provider.ConsumeIntInRange(0, n - 1)
+            )
+        else:
+            files[target] = provider.ConsumeBytes(provider.remaining_bytes())
+        with tempfile.TemporaryDirectory() as folder:
+            check(name, files, Path(folder))
+
+    with tempfile.TemporaryDirectory() as folder:
+        assert check(name, valid, Path(folder)) is None
+    atheris.Setup([sys.argv[0], *options], one_input)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == ONE:
+        run_one(sys.argv[2], sys.argv[3:])
+    sys.exit(run_each(int(sys.argv[1]), sys.argv[2:]))
