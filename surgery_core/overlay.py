@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from surgery_core.errors import ContractError, listed
 from surgery_core.forwards import dispatch_again, is_dispatched
 from surgery_core.preflight import execution_device
+from surgery_core.sharded import is_held_together
 
 OverlayT = TypeVar("OverlayT", bound="Overlay")
 
@@ -45,9 +46,17 @@ class Overlay(nn.Module):
         yield found
 
     def take_over(self) -> None:
-        """Have the parameters that the base has under its names now, as far as `takes` says."""
+        """Have the parameters that the base has under its names now, as far as `takes` says.
+
+        None that were sharded meanwhile, which are gathered for the module that was there then.
+        """
         for name, theirs in self.overlay_base._parameters.items():  # noqa: SLF001 (torch's registry)
-            if self._parameters.get(name) is not theirs and self.takes(name, theirs):
+            is_foreign = theirs is not None and is_held_together(theirs)
+            if (
+                self._parameters.get(name) is not theirs
+                and not is_foreign
+                and self.takes(name, theirs)
+            ):
                 self._parameters[name] = theirs
 
     def takes(self, name: str, parameter: nn.Parameter | None) -> bool:

@@ -64,7 +64,7 @@ _KINDS = (
     ),
     _Kind(
         *("torch.distributed.fsdp", "FullyShardedDataParallel", "error"),
-        "its parameters are flattened and sharded. Apply before wrapping.",
+        "its parameters are flattened and sharded. Apply first, and use `fully_shard` instead.",
     ),
     _Kind(
         *("torch.distributed.fsdp", "FSDPModule", "error"),

@@ -35,13 +35,23 @@ def is_partitioned(tensor: Tensor) -> bool:
     return "ds_id" in vars(tensor) and tuple(tensor.shape) != tuple(vars(tensor)["ds_shape"])
 
 
-def is_held_together(tensor: Tensor) -> bool:
-    """Tell whether what shards tensors for training looks after one: FSDP2, DeepSpeed, or another.
+def is_flattened(tensor: Tensor) -> bool:
+    """Tell whether `FullyShardedDataParallel` (FSDP1) has made a parameter part of a flat one.
 
     Args:
         tensor: Any.
     """
-    return is_sharded(tensor) or "ds_id" in vars(tensor)
+    # What torch notes on each of them; gathered or not, they are views that it exchanges.
+    return "_fsdp_flattened" in vars(tensor)
+
+
+def is_held_together(tensor: Tensor) -> bool:
+    """Tell whether what shards tensors for training looks after one: FSDP, DeepSpeed, or another.
+
+    Args:
+        tensor: Any.
+    """
+    return is_sharded(tensor) or "ds_id" in vars(tensor) or is_flattened(tensor)
 
 
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:
@@ -85,8 +95,15 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     """Return a tensor whole; see `whole_tensors`.
 
     Raises:
-        StateError: It is one that DeepSpeed has partitioned, which cannot be gathered here.
+        StateError: It is one that DeepSpeed has partitioned, or FSDP1 flattened, which cannot be
+            gathered here.
     """
+    if is_flattened(tensor):
+        msg = (
+            "Tensor is flattened by FullyShardedDataParallel (FSDP1): expected whole values, got a "
+            "piece. Use `fully_shard` (FSDP2)."
+        )
+        raise StateError(msg)
     if is_partitioned(tensor):
         msg = (
             "Tensor is partitioned by DeepSpeed (ZeRO-3): expected whole values, got none. Read it "
@@ -184,7 +201,7 @@ def reshard_(model: nn.Module) -> None:
     Args:
         model: Its parameters are other objects afterwards.
     """
-    if not _are_several():
+    if not is_one_of_several():
         return
     for module in model.modules():
         if is_fully_sharded(module):
@@ -192,17 +209,16 @@ def reshard_(model: nn.Module) -> None:
 
 
 def is_sharded_at(model: nn.Module, fqn: str) -> bool:
-    """Tell whether something gathers the parameters of a module for each pass: FSDP2, or DeepSpeed.
+    """Tell whether something gathers the parameters of a module for each pass: FSDP, or DeepSpeed.
 
     Args:
         model: The root.
         fqn: Of the module.
     """
-    if not _are_several():
-        return False
     found = model
     for name in fqn.split("."):
-        if is_fully_sharded(found):
+        # What torch notes on all modules inside one that it shards, which may be around the model.
+        if "_is_fsdp_managed_module" in vars(found):
             return True
         found = cast("nn.Module", found._modules[name])  # noqa: SLF001 (torch's registry, which is faster)
     return is_fully_sharded(found) or any("ds_id" in vars(own) for own in found.parameters())
@@ -222,8 +238,8 @@ def _mesh_of(tensors: Iterable[Tensor]) -> Any:  # noqa: ANN401 (a DeviceMesh)
     return next((cast("Any", found).device_mesh for found in tensors if is_sharded(found)), None)
 
 
-def _are_several() -> bool:
-    """Tell whether this process is one of a group, without which nothing is sharded."""
+def is_one_of_several() -> bool:
+    """Tell whether this process is in a group of such, without which nothing is sharded."""
     return dist.is_available() and dist.is_initialized()
 
 

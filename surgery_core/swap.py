@@ -15,7 +15,7 @@ from surgery_core.carry import hand_over, shares_children
 from surgery_core.errors import ContractError, DriftError, VariantError, listed
 from surgery_core.follow import Anchors, anchor_of, apply_own, catch_up, is_at, shares_tensors
 from surgery_core.operation import Operation
-from surgery_core.sharded import is_held_together, is_sharded_at
+from surgery_core.sharded import is_held_together, is_one_of_several, is_sharded_at, reshard_
 from surgery_core.slots import Site, check_holds
 from surgery_core.surgery import Plan, Replacement
 from surgery_core.tensors import owned_tensors
@@ -357,6 +357,8 @@ class SwapState(nn.Module):
         self, name: str, entering: Mapping[str, nn.Module], *, is_loan: bool
     ) -> None:
         """Refuse parameters that would neither be gathered for a pass nor reduced after it."""
+        if not is_one_of_several():
+            return
         for fqn, module in entering.items():
             if not is_sharded_at(self._model[0], fqn):
                 continue
@@ -429,6 +431,7 @@ class SwapState(nn.Module):
         moved = [fqn for fqn, anchor in stored.anchors.items() if not is_at(anchor)]
         if not moved:
             return stored
+        reshard_(self._model[0])  # so that nothing is taken over that was gathered for one pass
         anchors = dict(stored.anchors)
         for fqn in moved:
             original = self._sites[fqn].module

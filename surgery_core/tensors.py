@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from surgery_core.errors import StateError, listed
 from surgery_core.overlay import Overlay
-from surgery_core.sharded import copy_into_, is_partitioned, whole_tensors
+from surgery_core.sharded import copy_into_, is_flattened, is_partitioned, whole_tensors
 
 
 def owned_tensors(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
@@ -69,6 +69,8 @@ def load_tensors_(
 def _problem(given: Tensor, own: Tensor) -> str | None:
     if is_partitioned(own):
         return "expected a parameter with values, got one that DeepSpeed has partitioned"
+    if is_flattened(own):
+        return "expected a parameter of its own, got one that FSDP1 has flattened"
     if given.shape != own.shape:
         return f"expected shape {tuple(own.shape)}, got {tuple(given.shape)}"
     if given.is_floating_point() != own.is_floating_point():

@@ -113,3 +113,18 @@ def test_what_needs_whole_weights_is_refused(what):
         ContractError, match=r"expected whole weights, got some that are spread over"
     ):
         calls[what]()
+
+
+def test_a_trainable_adapter_does_not_enter_a_model_that_was_sharded_as_a_whole():
+    """Also where only the object around the base knows."""
+    config = AdaptionPromptConfig(adapter_len=3, adapter_layers=2)
+    adapted = AdaptionPromptModel(build(), {"default": config, "other": config}, "default")
+    fully_shard(adapted, mesh=init_device_mesh("cpu", (1,)))
+    with torch.no_grad():
+        adapted(tokens(2, 7))
+
+    with pytest.raises(ContractError, match=r"^Variant 'other' cannot enter a sharded model at"):
+        adapted.set_adapter("other")
+
+    assert "default" == adapted.active_adapter
+    assert all(map(is_sharded, adapted.adapter_parameters(["default"])))

@@ -84,7 +84,7 @@ REFUSED = {
     ),
     "FullyShardedDataParallel": (
         lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu")),
-        "its parameters are flattened and sharded. Apply before wrapping.",
+        "its parameters are flattened and sharded. Apply first, and use `fully_shard` instead.",
     ),
     "FSDPModule": (on_cpu, "its parameters are sharded. Apply before `fully_shard`."),
     "OptimizedModule": (

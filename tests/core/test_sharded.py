@@ -7,7 +7,7 @@ from core.edits import recipe
 from core.toys import Gate, Net, Shift, example, session
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from surgery_core import (
@@ -95,6 +95,34 @@ def test_a_tensor_that_deepspeed_partitioned_is_refused():
     assert (
         "Tensor is partitioned by DeepSpeed (ZeRO-3): expected whole values, got none. Read it "
         "inside `deepspeed.zero.GatheredParameters`."
+    ) == str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")
+@pytest.mark.filterwarnings("ignore:When using ``NO_SHARD``:UserWarning")
+def test_parameters_that_fsdp1_flattened_are_refused():
+    """By itself, and of a model that was wrapped after the recipe was applied, which computes right."""
+    model = Net().eval()
+    edited = session(Gate(), Shift()).plan_recipe(model, recipe()).apply()
+    with torch.no_grad():
+        expected = model(example())
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+    with torch.no_grad():
+        with edited.disabled():
+            pass
+        assert torch.equal(expected, wrapped(example()))
+    state = {
+        name: torch.zeros(tensor.shape) for name, tensor in edited.tensors(edited.active).items()
+    }
+    with pytest.raises(StateError, match=r"got one that FSDP1 has flattened"):
+        edited.load_(edited.active, state)
+    with pytest.raises(StateError) as caught:
+        whole_tensors(edited.tensors(edited.active))
+
+    assert (
+        "Tensor is flattened by FullyShardedDataParallel (FSDP1): expected whole values, got a "
+        "piece. Use `fully_shard` (FSDP2)."
     ) == str(caught.value)
 
 
@@ -223,6 +251,24 @@ def test_the_base_of_an_overlay_is_sharded_with_it():
     assert base.weight is model[0].weight
     assert all(map(is_sharded, base.parameters()))
     assert expected.shape == (1, 3)
+
+
+@pytest.mark.parametrize("is_gathered", [False, True])
+def test_an_overlay_that_was_not_there_when_its_base_was_sharded_keeps_what_it_has(is_gathered):
+    """The base's parameters are gathered for another module, and freed after its pass."""
+    base = nn.Linear(2, 3)
+    model, other = nn.Sequential(louder(base)), louder(base)
+    weight = other.weight
+    shard(model)
+    if is_gathered:
+        with torch.no_grad():
+            model(torch.randn(1, 2))
+        reshard_(model)
+
+    other.take_over()
+
+    assert other.weight is weight
+    assert not is_sharded(weight)
 
 
 # -- variants -------------------------------------------------------------------------------------
