@@ -11,6 +11,7 @@ help:
 	@echo 'make test       every test, and the core alone from its wheel'
 	@echo 'make test-fast  the tests that take less than a second each'
 	@echo 'make test-thorough  the property tests with ten times as many examples'
+	@echo 'make fuzz       damaged files for every reader, steered by coverage; SECONDS=60 for each'
 	@echo 'make docs       the documentation as a site, in site/'
 	@echo 'make dist       a wheel and an sdist of every distribution, in dist/'
 	@echo 'make test-matrix PYTHON=... TORCH=... TRANSFORMERS=...  every test with other versions'
@@ -49,7 +50,15 @@ test-fast: .venv/.test
 # Ten times as many examples for every property, drawn anew each time.
 .PHONY: test-thorough
 test-thorough: .venv/.test
-	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n 2 tests/property
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n 2 tests/property tests/fuzz
+
+# What it finds is kept in build/fuzz. READERS="record adapter" chooses some.
+SECONDS := 60
+READERS :=
+.PHONY: fuzz
+fuzz: .venv/.test
+	$(BIN)/python -m pip install --quiet 'atheris==3.0.0'
+	$(BIN)/python -W ignore tests/fuzz/coverage_guided.py $(SECONDS) $(READERS)
 
 # The core from its built wheel, in an environment that has neither plugin nor transformers.
 .PHONY: test-core-alone

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.families import Shape, build, open_gates_, tokens
 from surgery_adaption_prompt import AdaptedAttention, AdaptionPromptConfig, AdaptionPromptModel
+from surgery_adaption_prompt.architectures import enable_checkpointing
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -231,7 +232,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(adapted, use_reentrant)
     expected = [p.grad.clone() for p in trained]
     base = adapted.get_base_model()
     base.enable_input_require_grads()
-    base.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    enable_checkpointing(base, {"use_reentrant": use_reentrant})
     adapted.zero_grad()
 
     adapted(ids, labels=ids).loss.backward()

@@ -267,14 +267,15 @@ def base_in_between(model):
         (first + second).backward()
 
 
+@pytest.mark.parametrize("method", ["activation", "gradient"])
 @pytest.mark.parametrize(
     "run", [by_rows, two_adapters_in_one_step, backward_after_disabling, base_in_between]
 )
-def test_checkpointing_recomputes_with_the_adapters_of_the_forward(model, run):
+def test_checkpointing_recomputes_with_the_adapters_of_the_forward(model, run, method):
     model.train()
     expected = gradients(model, lambda: run(model))
     assert sum(gradient is not None for gradient in expected) >= 2 * 1
-    model.activation_checkpointing_enable()
+    getattr(model, f"{method}_checkpointing_enable")()
 
     actual = gradients(model, lambda: run(model))
 

@@ -349,11 +349,26 @@ def is_unprojected_in_peft(model: nn.Module) -> bool:
     return any(_known(type(module), _UNPROJECTED_IN_PEFT) for module in model.modules())
 
 
+def enable_checkpointing(model: nn.Module, options: Mapping[str, Any], **kwargs: Any) -> None:  # noqa: ANN401 (the base's own)
+    """Let a model recompute activations in the backward pass, by the method it has for that.
+
+    Args:
+        model: A model of transformers.
+        options: For `torch.utils.checkpoint`.
+        **kwargs: What else its method takes.
+    """
+    # The older name is deprecated from transformers 5.23 on.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:
+        enable = cast("Any", model).gradient_checkpointing_enable
+    enable(dict(options), **kwargs)
+
+
 def recompute_in(model: nn.Module, contexts: Callable[[], Contexts]) -> None:
     """Let a model that checkpoints its layers compute them again in contexts of its forward.
 
     Args:
-        model: Its `activation_checkpointing_enable` has been called.
+        model: `enable_checkpointing` has been called for it.
         contexts: Gives a context for a forward, and one for doing it again.
     """
     for module in model.modules():

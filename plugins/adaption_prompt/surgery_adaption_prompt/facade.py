@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from surgery_adaption_prompt.architectures import (
     BASE_ADAPTER_METHODS,
     Contexts,
+    enable_checkpointing,
     recompute_in,
 )
 from surgery_adaption_prompt.condition import check_features, check_fit, conditioned
@@ -148,15 +149,21 @@ class BaseFacade(nn.Module):
         by then, and lets no gradient through the embeddings, so that layers below the adapted ones
         are not differentiated; both take `use_reentrant=False`, the default.
         """
-        base = cast("Any", self.model)
         given = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        enable_checkpointing(self.model, given, **kwargs)
         if given["use_reentrant"]:
-            base.activation_checkpointing_enable(given, **kwargs)
             return
-        base.activation_checkpointing_enable(given, **kwargs)
         if "context_fn" not in given:
             recompute_in(self.model, self.recompute_contexts)
-        base.disable_input_require_grads()
+        cast("Any", self.model).disable_input_require_grads()
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,  # noqa: ANN401 (the base's own)
+    ) -> None:
+        """Do what `activation_checkpointing_enable` does; the name it had before transformers 5.23."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return how many values are trained, and how many there are, in the model as it is."""

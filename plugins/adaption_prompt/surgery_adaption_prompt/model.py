@@ -146,7 +146,7 @@ class AdaptionPromptModel(AdapterManager):
         Raises:
             VariantError: There is no such adapter.
         """
-        reshard_(self.model)
+        reshard_(self)
         return [
             parameter
             for name in adapter_names
@@ -310,7 +310,7 @@ class AdaptionPromptModel(AdapterManager):
         """
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         base_name = self.config.name_or_path or None
-        reshard_(self.model)
+        reshard_(self)
         prepared = {}
         for name in names:
             modules = self.swap_state.variant(name)
@@ -398,7 +398,7 @@ class AdaptionPromptModel(AdapterManager):
             OptionsError: The two compute otherwise, for example with another gate activation.
         """
         with self.sharing.lock:
-            reshard_(self.model)
+            reshard_(self)
             modules = self.swap_state.variant(adapter_name)
             own = self.peft_config[adapter_name]
             config, state = read_folder(self.model, model_id, is_trainable=not own.inference_mode)

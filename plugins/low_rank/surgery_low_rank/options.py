@@ -122,7 +122,13 @@ def low_rank_schema() -> dict[str, Any]:
 
 def _is_number(value: object) -> bool:
     # True and False are integers too.
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        # JSON has integers that no float can be.
+        return False
 
 
 def _are_names(value: object) -> bool:
