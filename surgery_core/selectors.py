@@ -4,6 +4,7 @@ import difflib
 import fnmatch
 import re
 import sys
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -100,8 +101,10 @@ class Regex(Selector):
 
     def __post_init__(self) -> None:
         try:
-            re.compile(self.pattern)
-        except (re.error, OverflowError, RecursionError) as err:
+            # What Python will read in another way one day, such as `[[`, is refused as well.
+            with warnings.catch_warnings(action="error", category=FutureWarning):
+                re.compile(self.pattern)
+        except (re.error, OverflowError, RecursionError, FutureWarning) as err:
             msg = f"Selector 'regex:{self.pattern}' is malformed: {err}."
             raise SelectorError(msg) from None
 

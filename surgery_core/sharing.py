@@ -381,7 +381,7 @@ def rows_at(places: Sequence[int], place: int, repeats: int) -> slice | list[int
     return [row * repeats + again for row in found for again in range(repeats)]
 
 
-@torch.compiler.disable(reason="it would not see which variants a thread uses: use fixed_rows()")  # type: ignore[untyped-decorator,no-untyped-call]
+@torch.compiler.disable(reason="it would not see which variants a thread uses")  # type: ignore[untyped-decorator,no-untyped-call]
 def _uncompiled_terms(sharing: Sharing) -> Mapping[int, Any] | None:
     found = _CURRENT.get().get(sharing)
     return None if found is None else found[1]

@@ -10,9 +10,7 @@ from surgery_adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from surgery_core import ModelRecipe, Session
-
-Kind = Literal["base", "ours", "peft", "our_lora", "peft_lora"]
+Kind = Literal["base", "ours", "peft", "peft_lora"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +49,7 @@ METHODS: Mapping[str, Method] = {
     "ours": Method(title="ours", kind="ours"),
     "peft": Method(title="PEFT AdaptionPrompt", kind="peft"),
     "peft-lora": Method(title="PEFT LoRA", kind="peft_lora"),
-    "our-lora": Method(title="our LoRA", kind="our_lora", searched_as="peft-lora"),
     "head": Method(title="ours, gate per head", kind="ours", gate="head", searched_as="ours"),
-    "random-0.1": Method(
-        title="ours, gates from N(0, 0.1)", kind="ours", gate_std=0.1, searched_as="ours"
-    ),
     "random-1": Method(
         title="ours, gates from N(0, 1)", kind="ours", gate_std=1.0, searched_as="ours"
     ),
@@ -66,7 +60,7 @@ METHODS: Mapping[str, Method] = {
 }
 """By key; "ours" is what the ablations, which come after LoRA, differ from in one thing each."""
 
-COMPARED = ("base", "base-shown", "ours", "peft", "peft-lora", "our-lora")
+COMPARED = ("base", "base-shown", "ours", "peft", "peft-lora")
 ABLATIONS = tuple(key for key in METHODS if key not in COMPARED)
 SEARCHED = tuple(
     key for key, method in METHODS.items() if method.kind != "base" and method.searched_as is None
@@ -109,14 +103,6 @@ def build(method: Method, base: PreTrainedModel, seed: int) -> nn.Module:
                 task_type="CAUSAL_LM",
             ),
         )
-    elif method.kind == "our_lora":
-        options = {
-            "r": method.rank,
-            "lora_alpha": 2 * method.rank,
-            "target_modules": [*LORA_TARGETS],
-        }
-        recipe = {"adapters": {"default": {"operation": "low_rank", "options": options}}}
-        Session().plan_recipe(base, ModelRecipe.model_validate(recipe)).apply()
     if method.gate_std:
         for name, parameter in model.named_parameters():
             if name.endswith("adaption_gate"):

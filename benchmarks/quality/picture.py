@@ -17,7 +17,6 @@ COLOURS = {
     "base": "#777777",
     "ours": "#1f4e9c",
     "peft": "#b35806",
-    "our_lora": "#4d9221",
     "peft_lora": "#8073ac",
 }
 SETTINGS = {

@@ -12,13 +12,12 @@ PAIRS = (
     ("ours", "base-shown"),
     ("ours", "peft"),
     ("ours", "peft-lora"),
-    ("our-lora", "peft-lora"),
     *((key, "ours") for key in ABLATIONS),
 )
 """Who is compared with whom."""
 
 KNOBS: Mapping[str, Mapping[str, str]] = {
-    "gates before training": {"0": "ours", "N(0, 0.1)": "random-0.1", "N(0, 1)": "random-1"},
+    "gates before training": {"0": "ours", "N(0, 1)": "random-1"},
     "gate": {"per layer": "ours", "per head": "head"},
     "L": {"10": "L10", "20": "ours", "30": "L30"},
     "K": {"5": "K5", "10": "ours", "20": "K20"},

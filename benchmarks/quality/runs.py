@@ -48,9 +48,9 @@ class Plan:
 
 FULL = Plan(
     is_quick=False,
-    rates=(0.003, 0.01, 0.03, 0.1),
+    rates=(0.005, 0.02, 0.08),
     seeds=(0, 1, 2),
-    steps={"dates": 70, "payments": 40},
+    steps={"dates": 55, "payments": 40},
     batch_sizes={"dates": 8, "payments": 8},
     sizes={"train": 600, "validation": 60, "heldout": 120},
     ablated=("payments",),

@@ -127,6 +127,8 @@ def test_a_malformed_regular_expression_is_refused():
     assert str(caught.value) == (
         "Selector 'regex:(a' is malformed: missing ), unterminated subpattern at position 0."
     )
+    with pytest.raises(SelectorError, match=r"'regex:\[\[a-z\]' is malformed: Possible nested set"):
+        Regex("[[a-z]")
 
 
 def test_a_class_takes_subclasses_that_keep_its_forward():

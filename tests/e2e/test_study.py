@@ -12,7 +12,7 @@ import torch
 
 STUDY = Path(__file__).parents[2] / "benchmarks" / "quality"
 ONLY = "final payments [bo]*"
-"""Without training and with it: base, base-shown, ours and our-lora, and what their rates need."""
+"""Without training and with it: base, base-shown and ours, and what their rates need."""
 
 
 def lines(path):
@@ -74,7 +74,7 @@ def test_it_goes_on_where_it_was_and_gives_the_same_again(quick, tmp_path):
     assert list(map(but_time, lines(whole))) == list(map(but_time, lines(cut)))
     runs = [result["run"] for result in lines(whole)]
     assert 4 == sum(run["stage"] == "search" for run in runs)
-    assert {"base", "base-shown", "ours", "our-lora"} == {
+    assert {"base", "base-shown", "ours"} == {
         run["method"] for run in runs if run["stage"] == "final"
     }
     # Nothing is left.
@@ -237,9 +237,7 @@ def test_the_rate_with_the_lowest_validation_loss_is_chosen(load):
         )  # fmt: skip
 
     rates = runs.FULL.rates
-    tried = [
-        result(rate, loss) for rate, loss in zip(rates, (0.5, 0.2, 0.3, float("nan")), strict=True)
-    ]
+    tried = [result(rate, loss) for rate, loss in zip(rates, (0.5, 0.2, float("nan")), strict=True)]
 
     assert {("dates", "ours"): rates[1]} == runs.chosen_rates(tried, runs.FULL)
     # Not before all were tried.

@@ -22,7 +22,7 @@ odd = st.sampled_from(
 texts = st.one_of(odd, st.text(max_size=12))
 scalars = st.one_of(
     texts,
-    st.integers(),
+    st.integers(-(2**64) + 1, 2**64 - 1),
     st.floats(allow_nan=False),
     st.booleans(),
     st.none(),
