@@ -343,7 +343,8 @@ class EditedModel:
             VariantError: There is no such adapter.
         """
         self._require(name)
-        return self.swap_state.variant(name)
+        with self.sharing.lock:
+            return self.swap_state.variant(name)
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Return the tensors that an adapter brought, or, for `rules`, the rules did.

@@ -1,6 +1,7 @@
 """A model's part of a recipe is applied whole, switched, paused and taken back exactly."""
 
 import re
+import threading
 
 import pytest
 import torch
@@ -394,6 +395,17 @@ def test_an_adapter_that_rules_would_change_is_refused_and_nothing_stays():
     with pytest.raises(DriftError, match="Adapter 'nosy' would be another after the rules"):
         plan.apply()
     assert_unchanged(before, model, subject="A refused adapter")
+
+
+def test_an_adapter_is_looked_up_between_switches_not_during_one():
+    found = edited()
+    thread = threading.Thread(target=found.variant, args=("wide",))
+    with found.sharing.lock:
+        thread.start()
+        thread.join(0.05)
+        assert thread.is_alive()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_an_adapter_may_have_several_rules():

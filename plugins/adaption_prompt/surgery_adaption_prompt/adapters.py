@@ -276,7 +276,8 @@ class AdapterManager(BaseFacade):
         Raises:
             VariantError: There is no such adapter.
         """
-        state = adapter_state(self.swap_state.variant(adapter_name))
+        with self.sharing.lock:
+            state = adapter_state(self.swap_state.variant(adapter_name))
         return sum(tensor.nbytes for tensor in state.values())
 
     def adapter_modules(self, adapter_name: str) -> dict[str, AdaptedAttention]:
@@ -285,7 +286,8 @@ class AdapterManager(BaseFacade):
         Raises:
             VariantError: There is no such adapter.
         """
-        found = self.swap_state.variant(adapter_name)
+        with self.sharing.lock:
+            found = self.swap_state.variant(adapter_name)
         return {fqn: m for fqn, m in found.items() if isinstance(m, AdaptedAttention)}
 
     def recompute_contexts(self) -> Contexts:
