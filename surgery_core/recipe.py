@@ -22,7 +22,13 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from surgery_core.documents import Document, Place, describe_place, write_yaml
 from surgery_core.errors import RecipeError, listed
 from surgery_core.operation import BASE, Rule
-from surgery_core.recipe_document import did_you_mean, escaped, read_recipe_document
+from surgery_core.recipe_document import (
+    EXPECTED,
+    did_you_mean,
+    escaped,
+    read_recipe_document,
+    what_is_wrong,
+)
 from surgery_core.selectors import parse_selector
 
 VERSION = 1
@@ -347,16 +353,9 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 _EXPECTED = {
-    "string_type": "text",
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
+    **EXPECTED,
     "tuple_type": "a list",
     "too_short": "at least one",
-    "greater_than_equal": "at least {ge}",
     "less_than_equal": "at most {le}, the latest that this surgery-core knows",
 }
 """By pydantic's kind of error, in the words of recipes."""
@@ -384,10 +383,7 @@ def _problem(document: Document | None, error: Mapping[str, Any]) -> str:
     if kind == "missing":
         what = f"expected {place[-1]!r}, got no such key"
         return f"{_said_at(document, place[:-1])}: {what}"
-    what = error["msg"].removeprefix("Value error, ")
-    if kind in _EXPECTED:
-        expected = _EXPECTED[kind].format(**error.get("ctx", {}))
-        what = f"expected {expected}, got {error['input']!r:.80}"
+    what = what_is_wrong(error, _EXPECTED)
     return f"{_said_at(document, place)}: {what}"
 
 

@@ -200,3 +200,30 @@ class _Substitution:
 
     def _note(self, place: Place, what: str) -> None:
         self.problems.append(f"{self._document.where(place)}: {describe_place(place)}: {what}")
+
+
+EXPECTED: Mapping[str, str] = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "greater_than_equal": "at least {ge}",
+}
+"""By pydantic's kind of error, in the words of recipes."""
+
+
+def what_is_wrong(error: Mapping[str, Any], expected: Mapping[str, str]) -> str:
+    """Say one of pydantic's errors in words of our own, if there are some for its kind.
+
+    Args:
+        error: As `ValidationError.errors()` has it.
+        expected: What is expected, by kind.
+    """
+    if error["type"] in expected:
+        words = expected[error["type"]].format(**error.get("ctx", {}))
+        return f"expected {words}, got {error['input']!r:.80}"
+    found: str = error["msg"]
+    return found.removeprefix("Value error, ")

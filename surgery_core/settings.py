@@ -9,21 +9,14 @@ from pydantic import BaseModel, ValidationError
 
 from surgery_core.documents import Document, Place, describe_place, read_document
 from surgery_core.errors import RecipeError, listed
-from surgery_core.recipe_document import did_you_mean
+from surgery_core.recipe_document import EXPECTED, did_you_mean, what_is_wrong
 
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
 
 _EXPECTED = {
-    "string_type": "text",
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
+    **EXPECTED,
     "model_attributes_type": "a mapping",
     "greater_than": "more than {gt}",
-    "greater_than_equal": "at least {ge}",
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "literal_error": "{expected}",
@@ -71,10 +64,7 @@ def _problem(document: Document, cls: type[BaseModel], error: Mapping[str, Any])
     if kind == "missing":
         what = f"expected {place[-1]!r}, got no such key"
         return f"{document.where(place[:-1])}: {_said(place[:-1])}{what}"
-    what = error["msg"].removeprefix("Value error, ")
-    if kind in _EXPECTED:
-        expected = _EXPECTED[kind].format(**error.get("ctx", {}))
-        what = f"expected {expected}, got {error['input']!r:.80}"
+    what = what_is_wrong(error, _EXPECTED)
     return f"{document.where(place)}: {_said(place)}{what}"
 
 
