@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -146,6 +147,18 @@ class Operation(ABC, Generic[OptionsT]):
             "together: expected a single variant. Make one of them the active one."
         )
         raise ContractError(msg, fqn="", expected="one variant", actual=len(variants))
+
+    def probing(self, options: OptionsT) -> AbstractContextManager[object]:
+        """Return what to enter around a call that verifies a model; nothing, if not overridden.
+
+        For operations whose modules need more than the model's own inputs, as features that they are
+        handed beside them; it must be the same each time.
+
+        Args:
+            options: What `parse_options` gave.
+        """
+        del options
+        return nullcontext()
 
     def listener(self, site: Site) -> nn.Module:
         """Return a module that computes what the original does until the running code uses others.

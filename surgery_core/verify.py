@@ -1,7 +1,7 @@
 """Did it hold: what a recipe promised of a model, checked on the model as it is."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from surgery_core.errors import OptionsError, listed
 from surgery_core.model_document import RULES, Choice
 from surgery_core.shown import format_table
 from surgery_core.snapshots import snapshot
+from surgery_core.surgery import Plan
 
 Tier = Literal["structure", "identity", "revert", "gradients", "compile", "export"]
 Status = Literal["ok", "failed", "skipped"]
@@ -100,9 +101,11 @@ def verify(
     active, was_enabled = edited.active, edited.swap_state.is_enabled
     names = edited.plan.document.documents
     kept = {name: _copies(edited.tensors(name)) for name in names}
+    rules = [edited.plan.rules[1]] if edited.plan.rules is not None else []
     try:
-        for tier in tiers:
-            found += _TIERS[tier](edited, inputs)
+        with _probing(rules):
+            for tier in tiers:
+                found += _TIERS[tier](edited, inputs)
     finally:
         # Operations may count calls, or keep statistics.
         for name, tensors in kept.items():
@@ -324,10 +327,22 @@ def _named(choice: Choice) -> str:
 
 @contextmanager
 def _activated(edited: EditedModel, choice: Choice | None) -> Iterator[None]:
+    names = () if choice is None else (choice,) if isinstance(choice, str) else tuple(choice)
     if choice is not None:
         edited.set_active(choice)
         edited.swap_state.enable()
-    yield
+    with _probing(edited.plan.adapters[name].plan for name in names):
+        yield
+
+
+@contextmanager
+def _probing(plans: Iterable[Plan]) -> Iterator[None]:
+    """Give the operations of plans what they need beside a model's inputs."""
+    with ExitStack() as stack:
+        for plan in plans:
+            for claim in {claim.rule: claim for claim in plan.claims}.values():
+                stack.enter_context(claim.operation.probing(claim.options))
+        yield
 
 
 @contextmanager

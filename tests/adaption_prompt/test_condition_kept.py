@@ -19,7 +19,7 @@ from surgery_adaption_prompt.checkpoints import expected_bytes
 from surgery_adaption_prompt.config import config_schema
 from surgery_adaption_prompt.show import show_folder
 
-from surgery_core import OptionsError, Rule, Session, StateError
+from surgery_core import ModelRecipe, OptionsError, Rule, Session, StateError, verify
 from surgery_core.testing import OperationContract
 
 FIELDS = {"adapter_len": 3, "adapter_layers": 2, "condition_size": 5, "condition_rank": 2}
@@ -369,6 +369,23 @@ def test_the_plan_says_what_apply_adds():
     assert (2, 5) == promised["adaption_condition_down"]
     assert (24, 2) == promised["adaption_condition_up"]
     assert 4 == len(promised)
+
+
+def test_conditioned_adapters_of_a_recipe_are_verified():
+    """With features of each adapter's own size."""
+    adapters = {
+        name: {"operation": "adaption_prompt", "options": {**FIELDS, "condition_size": size}}
+        for name, size in (("a", 5), ("b", 7))
+    }
+    recipe = ModelRecipe.model_validate({"adapters": adapters, "active": "b"})
+    edited = Session([plugin], discover=False).plan_recipe(build(), recipe).apply()
+
+    outcome = verify(edited, {"input_ids": tokens()})
+
+    assert outcome.is_ok, outcome.render()
+    assert {"ok"} == {check.status for check in outcome.checks}
+    with pytest.raises(OptionsError, match="runs without features"):
+        edited.model(tokens())
 
 
 class TestConditionedContract(OperationContract):

@@ -1,5 +1,8 @@
 """What holds is found to hold, and each promise that is broken is found to be."""
 
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import pytest
 import torch
 from core.edits import GATE, edited, planned, recipe
@@ -79,6 +82,64 @@ def test_what_an_operation_counts_is_as_it_was():
     assert verify(found, INPUTS).is_ok
     assert 1.0 == found.tensors("rules")["stem.calls"].item()
     assert 1.0 == found.tensors("one")["head.calls"].item()
+
+
+HANDED = ContextVar("handed", default=0)
+
+
+class Asked(Gated):
+    def forward(self, x):
+        if HANDED.get() != self.needs:
+            msg = f"expected {self.needs}, got {HANDED.get()}"
+            raise LookupError(msg)
+        return super().forward(x)
+
+
+class Ask(Gate):
+    """Its modules need what `probing` hands over, which the model's inputs do not have."""
+
+    name = "ask"
+    known = frozenset({"needs"})
+
+    def build(self, site, options):
+        module = Asked(site.module)
+        module.needs = options["needs"]
+        return module
+
+    @contextmanager
+    def probing(self, options):
+        before = HANDED.set(options["needs"])
+        yield
+        HANDED.reset(before)
+
+
+def test_operations_are_given_what_they_need_beside_the_inputs():
+    known = Session(plugins=[ToyPlugin(Ask(), Shift())], discover=False)
+    ask = {"operation": "ask", "select": "head"}
+    adapters = {
+        "one": {**ask, "options": {"needs": 1}},
+        "two": {**ask, "options": {"needs": 2}},
+        "none": {"operation": "shift", "select": "head"},
+    }
+    found = known.plan_recipe(Net().eval(), recipe(rules=[], adapters=adapters, active="two"))
+
+    outcome = verify(found.apply(), INPUTS, tiers=[*ALL_TIERS[:4], "export"])
+
+    assert outcome.is_ok, outcome.render()
+    assert {"ok"} == {check.status for check in outcome.checks}
+    assert 0 == HANDED.get()
+
+
+def test_rules_are_given_what_they_need_whatever_is_active():
+    known = Session(plugins=[ToyPlugin(Ask(), Shift())], discover=False)
+    rules = [{"operation": "ask", "select": "stem", "options": {"needs": 3}}]
+    adapters = {"one": {"operation": "shift", "select": "head"}}
+    found = known.plan_recipe(Net().eval(), recipe(rules=rules, adapters=adapters, active=None))
+
+    outcome = verify(found.apply(), INPUTS)
+
+    assert outcome.is_ok, outcome.render()
+    assert {"ok"} == {check.status for check in outcome.checks}
 
 
 def test_a_disabled_model_is_left_disabled():

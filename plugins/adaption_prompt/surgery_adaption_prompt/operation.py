@@ -1,16 +1,19 @@
 """The rule that adapts the topmost attention modules, as an operation of the core."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from surgery_adaption_prompt import trainable_copy
 from surgery_adaption_prompt.architectures import architecture_of, attention_modules
 from surgery_adaption_prompt.attention import AdaptedAttention, adapt, compose, parameter_dtype
 from surgery_adaption_prompt.composition import Composition, composed_adapters
+from surgery_adaption_prompt.condition import conditioned
 from surgery_adaption_prompt.config import (
     CLASSIFICATION_HEADS,
     AdaptionPromptConfig,
@@ -137,6 +140,12 @@ class AdaptionPromptOperation(Operation[AdaptionPromptConfig]):
         """
         weights = {variant.name: variant.weight for variant in variants}
         return composed_adapters(Composition(weights), modules_of(variants, AdaptedAttention))
+
+    def probing(self, options: AdaptionPromptConfig) -> AbstractContextManager[None]:
+        """Hand over a row of features from -1 to 1, if the prompts are conditioned."""
+        if options.condition_size is None:
+            return nullcontext()
+        return conditioned(torch.linspace(-1, 1, options.condition_size)[None])
 
     def listener(self, site: Site) -> AdaptedAttention:
         """Return the attention module of the site, wrapped without a prompt."""
