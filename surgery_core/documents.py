@@ -67,7 +67,7 @@ def read_document(path: Path) -> Document:
     """
     if not is_document(path):
         msg = (
-            f"Recipe {str(path)!r} has an unknown format: expected a suffix of {listed(SUFFIXES)}. "
+            f"File {str(path)!r} has an unknown format: expected a suffix of {listed(SUFFIXES)}. "
             "Rename it."
         )
         raise RecipeError(msg)
@@ -75,13 +75,13 @@ def read_document(path: Path) -> Document:
         # Some editors begin a file with a byte-order mark.
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as err:
-        msg = f"Recipe {str(path)!r} cannot be read: {err}. Pass a file of text."
+        msg = f"File {str(path)!r} cannot be read: {err}. Pass a file of text."
         raise RecipeError(msg) from err
     try:
         document = _READERS[path.suffix.lower()](path, text)
         problems = list(_problems(document))
     except RecursionError:
-        msg = f"{path}: values are nested deeper than {MAX_DEPTH}: expected a recipe. Flatten them."
+        msg = f"{path}: values are nested deeper than {MAX_DEPTH}: expected at most that. Flatten them."
         raise RecipeError(msg) from None
     if problems:
         raise RecipeError("\n".join(problems), problems=problems)
@@ -209,7 +209,7 @@ class _Builder:
     def _value(self, node: yaml.Node, place: Place, line: int) -> Any:  # noqa: ANN401 (plain data)
         self._count += 1
         if self._count > MAX_VALUES:
-            msg = f"{self._path}: more than {MAX_VALUES:,} values: expected a recipe. Split it."
+            msg = f"{self._path}: more than {MAX_VALUES:,} values: expected at most that. Split it."
             raise RecipeError(msg)
         if len(place) > MAX_DEPTH:
             raise RecursionError

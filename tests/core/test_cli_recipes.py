@@ -121,7 +121,7 @@ def test_models_are_given_by_name_or_alone(tmp_path):
         ),
         (
             ["no.yaml"],
-            "Recipe 'no.yaml' cannot be read: [Errno 2] No such file or directory: 'no.yaml'. Pass "
+            "File 'no.yaml' cannot be read: [Errno 2] No such file or directory: 'no.yaml'. Pass "
             "a file of text.",
         ),
     ],
@@ -166,7 +166,7 @@ def test_a_recipe_that_extends_one_that_is_not_there_says_who_wants_it():
     path = write("\nextends: no.toml\n")
 
     message, note = error(invoke("plan", path)).splitlines()
-    assert message.startswith("error: Recipe 'no.toml' cannot be read: [Errno 2]")
+    assert message.startswith("error: File 'no.toml' cannot be read: [Errno 2]")
     assert "  in other.yaml:2: extends" == note
 
 

@@ -189,7 +189,7 @@ def test_numbers_of_more_digits_than_python_reads_are_refused(refused, name, tex
     assert refused(name, text.replace("~", "9" * 5000)).startswith(f"{name}{line}: no valid ")
 
 
-TOO_DEEP = f"values are nested deeper than {MAX_DEPTH}: expected a recipe. Flatten them."
+TOO_DEEP = f"values are nested deeper than {MAX_DEPTH}: expected at most that. Flatten them."
 
 
 @pytest.mark.parametrize("depth", [MAX_DEPTH + 2, 600])
@@ -215,7 +215,7 @@ def test_aliases_of_aliases_are_bounded(refused, value):
         f"a{i}: &a{i} {value.replace('~', ', '.join([f'*a{i - 1}'] * 10))}\n" for i in range(1, 8)
     ]
 
-    expected = "a.yaml: more than 100,000 values: expected a recipe. Split it."
+    expected = "a.yaml: more than 100,000 values: expected at most that. Split it."
     assert expected == refused("a.yaml", BOMB + "".join(levels))
 
 
@@ -233,7 +233,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
         read_document(path)
 
     assert str(caught.value) == (
-        f"Recipe {str(path)!r} cannot be read: [Errno 2] No such file or directory: {str(path)!r}. "
+        f"File {str(path)!r} cannot be read: [Errno 2] No such file or directory: {str(path)!r}. "
         "Pass a file of text."
     )
 
@@ -257,7 +257,7 @@ def test_a_file_without_permission_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["a.yaml", "a.json", "a.toml"])
 def test_a_binary_file_is_refused(refused, name):
     assert refused(name, b"\x80\x81") == (
-        f"Recipe {name!r} cannot be read: 'utf-8' codec can't decode byte 0x80 in position 0: "
+        f"File {name!r} cannot be read: 'utf-8' codec can't decode byte 0x80 in position 0: "
         "invalid start byte. Pass a file of text."
     )
 
@@ -273,7 +273,7 @@ def test_another_suffix_is_refused_before_the_file_is_read(name):
         read_document(Path(name))
 
     assert str(caught.value) == (
-        f"Recipe {name!r} has an unknown format: expected a suffix of '.yaml', '.yml', '.toml', "
+        f"File {name!r} has an unknown format: expected a suffix of '.yaml', '.yml', '.toml', "
         "'.json'. Rename it."
     )
     assert not is_document(Path(name))

@@ -292,7 +292,7 @@ def test_a_recipe_below_that_cannot_be_read_is_named_with_who_wants_it(write):
 
     missing, malformed = refusal(), refusal("c.yaml")
 
-    assert str(missing).startswith("Recipe 'no.yaml' cannot be read: [Errno 2]")
+    assert str(missing).startswith("File 'no.yaml' cannot be read: [Errno 2]")
     assert ["a.yaml:2: extends"] == missing.__notes__
     assert str(malformed).startswith("d.yaml:1: no valid YAML: ")
     assert ["c.yaml:1: extends"] == malformed.__notes__
@@ -327,7 +327,7 @@ def test_a_recipe_must_be_a_mapping_also_one_that_is_extended(write, text):
 def test_what_no_file_is_called_cannot_be_extended(write, name):
     write(a=f'extends: "{name}"')
 
-    assert str(refusal()).startswith("Recipe '")
+    assert str(refusal()).startswith("File '")
 
 
 def test_a_hint_is_given_where_it_is_clear():
