@@ -262,13 +262,17 @@ while True:
 """
 
 
+@pytest.mark.faults
 @pytest.mark.slow
-def test_a_process_killed_while_saving_leaves_a_record_that_is_one_of_those_saved(tmp_path):
+def test_a_process_killed_while_saving_leaves_a_record_that_is_one_of_those_saved(
+    tmp_path, record_property
+):
     """Killed at random points: every tensor is of one save, and so is which adapter is active."""
     draw = random.Random(3)  # noqa: S311 (no secrets)
     seen = set()
     where = str(Path(__file__).parents[1])
-    for _ in range(12):
+    kills = 12
+    for _ in range(kills):
         process = subprocess.Popen(  # noqa: S603 (our own interpreter and code)
             [sys.executable, "-c", KILLED, str(tmp_path)],
             stdout=subprocess.PIPE,
@@ -289,6 +293,7 @@ def test_a_process_killed_while_saving_leaves_a_record_that_is_one_of_those_save
         session().load(make(), tmp_path).revert()
 
     assert len(seen) > 3
+    record_property("processes killed with SIGKILL", {"saving a record": {"killed": kills}})
 
 
 def test_intent_survives_without_its_sources(saved):

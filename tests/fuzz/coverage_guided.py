@@ -6,6 +6,7 @@ goes into `test_regressions.py`.
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,27 +31,33 @@ with atheris.instrument_imports(include=list(INSTRUMENTED)):
 
 
 def run_each(seconds: int, names: list[str]) -> int:
-    """Fuzz readers one after the other; return how many showed something."""
+    """Fuzz readers one after the other, with a line for each; return how many showed something."""
     FOUND.mkdir(parents=True, exist_ok=True)
-    bad = []
+    show("files, steered by coverage", "given", "edges", "found")
+    total, bad = 0, 0
     for name in names or READERS:
         options = (f"-max_total_time={seconds}", "-max_len=4096", "-len_control=0", "-timeout=60")
         kept = f"-artifact_prefix={FOUND}/{name}-"
-        command = [
-            sys.executable,
-            __file__,
-            ONE,
-            name,
-            *options,
-            kept,
-            "-verbosity=0",
-            "-print_final_stats=1",
-        ]
-        print(f"== {name}", flush=True)  # noqa: T201 (a program)
-        if subprocess.run(command, check=False).returncode:  # noqa: S603 (this file)
-            bad.append(name)
-    print(f"Something was found in: {', '.join(bad) or 'none'}.")  # noqa: T201 (a program)
-    return len(bad)
+        command = [sys.executable, __file__, ONE, name, *options, kept, "-print_final_stats=1"]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603 (this file)
+        given = last_number(r"number_of_executed_units: *(\d+)", done.stderr)
+        edges = last_number(r"cov: (\d+)", done.stderr)
+        show(name, f"{given:,}", f"{edges:,}", int(done.returncode != 0))
+        if done.returncode:
+            print(done.stdout[-5000:], done.stderr[-5000:], sep="\n", flush=True)  # noqa: T201 (a program)
+        total, bad = total + given, bad + (done.returncode != 0)
+    show("all", f"{total:,}", "", bad)
+    return bad
+
+
+def last_number(pattern: str, text: str) -> int:
+    """Return the last of the numbers in a text; 0 if there is none, as when a process broke off."""
+    return int(([*re.findall(pattern, text)] or [0])[-1])
+
+
+def show(*cells: object) -> None:
+    first, *others = cells
+    print(f"{first:<26}" + "".join(f"  {other!s:>9}" for other in others), flush=True)  # noqa: T201 (a program)
 
 
 def run_one(name: str, options: list[str]) -> None:

@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 TESTS = Path(__file__).parents[1]
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
+
 LIMIT = 300_000_000
 """Bytes of address space beyond those of the imports; most of these files ask for a hundred times that."""
 
@@ -36,14 +39,13 @@ for title, name, files in found:
             print("FOUND", title, type(err).__name__, str(err)[:200])
             continue
         assert refused is not None, title
-        print("refused", title, str(refused)[:100].encode())
+        print("refused", name, title, str(refused)[:100].encode())
 print("read", len(found))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="how much is taken, Linux tells")
-def test_small_files_that_ask_for_much_are_refused_within_a_limit():
+def test_small_files_that_ask_for_much_are_refused_within_a_limit(record_property):
     env = {**os.environ, "PYTHONPATH": str(TESTS)}
     command = [sys.executable, "-W", "ignore", "-c", READ, str(LIMIT)]
 
@@ -52,4 +54,6 @@ def test_small_files_that_ask_for_much_are_refused_within_a_limit():
     assert done.returncode == 0, done.stderr[-3000:]
     found = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
     assert found == []
-    assert done.stdout.splitlines()[-1].startswith("read ")
+    refused = Counter(line.split()[1] for line in done.stdout.splitlines()[:-1])
+    record_property("files that ask for much", {k: {"refused": n} for k, n in refused.items()})
+    assert done.stdout.splitlines()[-1] == f"read {refused.total()}"

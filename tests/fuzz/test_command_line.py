@@ -1,6 +1,7 @@
 """Damaged files on the command line: an exit status and a message, never a traceback."""
 
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from surgery_core.cli import app
+
+pytestmark = pytest.mark.faults
 
 # Each of them looks for plugins anew.
 fewer = settings(max_examples=max(1, settings.default.max_examples // 2))
@@ -44,21 +47,28 @@ def run(arguments):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-@fewer
-@given(data=st.data())
-def test_damaged_files_are_shown_or_refused(name, data):
-    files = {"recipe.yaml": RECIPE} if name == "recipe.yaml" else dict(READERS[name].files())
-    target = data.draw(st.sampled_from(sorted(files)))
-    content = damaged(target, files[target], lambda n: data.draw(st.integers(0, n - 1)))
-    with tempfile.TemporaryDirectory() as folder:
-        valid = Path(folder, "valid.yaml")
-        valid.write_bytes(RECIPE)
-        within = Path(folder, "in")
-        within.mkdir()
-        for path, own in {**files, target: content}.items():
-            (within / path).write_bytes(own)
-        for command in COMMANDS[name]:
-            run([part.format(folder=within, valid=valid) for part in command])
+def test_damaged_files_are_shown_or_refused(name, record_property):
+    outcomes = Counter()
+
+    @fewer
+    @given(data=st.data())
+    def files_are_damaged(data):
+        files = {"recipe.yaml": RECIPE} if name == "recipe.yaml" else dict(READERS[name].files())
+        target = data.draw(st.sampled_from(sorted(files)))
+        content = damaged(target, files[target], lambda n: data.draw(st.integers(0, n - 1)))
+        with tempfile.TemporaryDirectory() as folder:
+            valid = Path(folder, "valid.yaml")
+            valid.write_bytes(RECIPE)
+            within = Path(folder, "in")
+            within.mkdir()
+            for path, own in {**files, target: content}.items():
+                (within / path).write_bytes(own)
+            for command in COMMANDS[name]:
+                status, _ = run([part.format(folder=within, valid=valid) for part in command])
+                outcomes["refused" if status == 1 else "done"] += 1
+
+    files_are_damaged()
+    record_property("damaged files on the command line", {name: dict(outcomes)})
 
 
 def test_the_undamaged_recipe_is_planned(tmp_path):

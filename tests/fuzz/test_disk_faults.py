@@ -16,6 +16,8 @@ from surgery_adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel, C
 from surgery_core import ModelRecipe, write_files
 from surgery_core.record import TENSORS_FILE
 
+pytestmark = pytest.mark.faults
+
 FULL = "No space left on device"
 
 
@@ -148,7 +150,9 @@ def settled(kind, folder):
 @pytest.mark.filterwarnings("ignore::surgery_core.SurgeryWarning")
 @pytest.mark.parametrize("is_there", [False, True], ids=["a new folder", "a folder of before"])
 @pytest.mark.parametrize("kind", WRITERS)
-def test_a_failure_leaves_all_of_before_or_all_of_after(kind, is_there, tmp_path, monkeypatch):
+def test_a_failure_leaves_all_of_before_or_all_of_after(
+    kind, is_there, tmp_path, monkeypatch, record_property
+):
     torch.manual_seed(0)
     save = {value: WRITERS[kind](value) for value in (1, 2)}
     old, new = (written(save[value], tmp_path / f"expected{value}") for value in (1, 2))
@@ -191,6 +195,7 @@ def test_a_failure_leaves_all_of_before_or_all_of_after(kind, is_there, tmp_path
     assert number > 2 * len(new)
     assert (old if is_there else None) in outcomes
     assert new == contents(folder)
+    record_property("operations on the disk that failed", {kind: {"injected": number - 1}})
 
 
 def test_a_failure_while_files_are_put_in_place_puts_those_of_before_back(tmp_path):

@@ -23,7 +23,7 @@ from surgery_adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
 from surgery_core import ModelRecipe, SurgeryError, read_record
 from surgery_core.testing import assert_unchanged, snapshot
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 NUM_THREADS, SECONDS, PATIENCE = 5, 6, 120
 
@@ -39,8 +39,8 @@ def often_interrupted():
 
 
 def stress(make_actions):
-    """Have threads draw from actions until the time is up; return how often each was done."""
-    done, findings = collections.Counter(), []
+    """Have threads draw from actions until the time is up; return how often each was done or refused."""
+    done, refused, findings = collections.Counter(), collections.Counter(), []
     end = time.monotonic() + SECONDS
 
     def work(number):
@@ -51,7 +51,7 @@ def stress(make_actions):
             try:
                 action()
             except SurgeryError:
-                done[f"{action.__name__} refused"] += 1
+                refused[action.__name__] += 1
             except BaseException as err:  # noqa: BLE001 (whatever it is, it is the finding)
                 findings.append(f"{action.__name__}: {err!r}")
             else:
@@ -68,7 +68,11 @@ def stress(make_actions):
         faulthandler.dump_traceback(all_threads=True)
     assert waiting == []
     assert findings == []
-    return done
+    return done, refused
+
+
+def counted(done, refused):
+    return {name: {"done": done[name], "refused": refused[name]} for name in done | refused}
 
 
 IDS = tokens(2, 5)
@@ -85,7 +89,7 @@ def logits(model):
     return model(IDS).logits
 
 
-def test_threads_on_an_adaption_prompt_model(tmp_path):  # noqa: C901, PLR0915 (one function for each action)
+def test_threads_on_an_adaption_prompt_model(tmp_path, record_property):  # noqa: C901, PLR0915 (one function for each action)
     base = build(seed=1)
     before = snapshot(base)
     model = AdaptionPromptModel(base, CONFIGS, "fr").eval()
@@ -147,8 +151,9 @@ def test_threads_on_an_adaption_prompt_model(tmp_path):  # noqa: C901, PLR0915 (
 
         return [run, run, run, run_nested, load, add, activate, disable, save]
 
-    done = stress(make_actions)
+    done, refused = stress(make_actions)
 
+    record_property("actions of several threads", counted(done, refused))
     for name in ("run", "run_nested", "load", "add", "activate", "disable", "save"):
         assert done[name], done
     assert {"fr", "legal", "plain"} == set(model.peft_config)
@@ -167,7 +172,7 @@ RECIPE = {
 CHOSEN = ("__base__", "a", "b", {"a": 0.5, "b": 2.0}, {"b": -1.0})
 
 
-def test_threads_on_an_edited_model(tmp_path):  # noqa: C901 (same)
+def test_threads_on_an_edited_model(tmp_path, record_property):  # noqa: C901 (same)
     torch.manual_seed(1)
     base = Net().eval()
     before = snapshot(base)
@@ -211,8 +216,9 @@ def test_threads_on_an_edited_model(tmp_path):  # noqa: C901 (same)
 
         return [run, run, run, activate, load, save, export]
 
-    done = stress(make_actions)
+    done, refused = stress(make_actions)
 
+    record_property("actions of several threads", counted(done, refused))
     for name in ("run", "activate", "load", "save", "export"):
         assert done[name], done
     for choice in CHOSEN:

@@ -281,7 +281,7 @@ class ThousandSteps(CompositionMachine):
 
 TestComposition = CompositionMachine.TestCase
 TestComposition.settings = settings(stateful_step_count=30)
-TestComposition.pytestmark = [pytest.mark.slow]
+TestComposition.pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 
 class TestThousandSteps(ThousandSteps.TestCase):
@@ -292,7 +292,7 @@ class TestThousandSteps(ThousandSteps.TestCase):
         stateful_step_count=1000,
         suppress_health_check=[HealthCheck.large_base_example, HealthCheck.too_slow],
     )
-    pytestmark: ClassVar = [pytest.mark.slow]
+    pytestmark: ClassVar = [pytest.mark.slow, pytest.mark.faults]
 
     def runTest(self):  # noqa: N802 (unittest's name)
         super().runTest()

@@ -182,11 +182,14 @@ run()
 """
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("place", "count"),
     [("step", 5), ("torch.save", 2), ("torch.save", 5), ("publish", 2), ("rename", 5)],
 )
-def test_a_process_that_is_killed_is_resumed_to_the_same_values(tmp_path, place, count):
+def test_a_process_that_is_killed_is_resumed_to_the_same_values(
+    tmp_path, record_property, place, count
+):
     """In a step, while a checkpoint is written, before it has its name, and while others go."""
     values = {"max_steps": 8, "save_every": 2, "evaluate_every": 3}
     files = write_task(tmp_path, "low_rank", **values)
@@ -210,3 +213,4 @@ def test_a_process_that_is_killed_is_resumed_to_the_same_values(tmp_path, place,
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     assert any(bool(tensor.any()) for name, tensor in one.items() if name.endswith("lora_B"))
+    record_property("processes killed with SIGKILL", {f"training, {place}": {"killed": 1}})
