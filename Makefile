@@ -8,12 +8,13 @@ TORCH := 'torch==2.13.0'
 help:
 	@echo 'make demo       adapt, train, swap, save and revert SmolLM2-135M (about five minutes)'
 	@echo 'make demo-composition  two trained adapters by row, thread, weight and from disk (seven minutes)'
-	@echo 'make test       every test, and the core alone from its wheel'
+	@echo 'make test       every test, the core alone from its wheel, and the README from the wheels'
 	@echo 'make test-fast  the tests that take less than a second each'
 	@echo 'make test-thorough  the property tests with ten times as many examples'
-	@echo 'make fuzz       damaged files for every reader, steered by coverage; SECONDS=60 for each'
+	@echo 'make fuzz       faults and damaged files, counted; then by coverage, SECONDS=60 for each reader'
 	@echo 'make docs       the documentation as a site, in site/'
 	@echo 'make dist       a wheel and an sdist of every distribution, in dist/'
+	@echo 'make test-wheels  what the README shows, in an environment that has the wheels alone'
 	@echo 'make test-matrix PYTHON=... TORCH=... TRANSFORMERS=...  every test with other versions'
 	@echo 'make lint types bench study docs-tables clean'
 
@@ -40,7 +41,7 @@ demo-composition: .venv/.demo
 	$(BIN)/python demo/composition.py
 
 .PHONY: test
-test: test-core-alone .venv/.test
+test: test-core-alone test-wheels .venv/.test
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered --cov-fail-under=98
 
 .PHONY: test-fast
@@ -52,12 +53,14 @@ test-fast: .venv/.test
 test-thorough: .venv/.test
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -n 2 tests/property tests/fuzz
 
-# What it finds is kept in build/fuzz. READERS="record adapter" chooses some.
+# Every test that damages files, fails writes or kills processes, and what it counted; then readers
+# steered by coverage. What is found is kept in build/fuzz. READERS="record adapter" chooses some.
 SECONDS := 60
 READERS :=
 .PHONY: fuzz
 fuzz: .venv/.test
 	$(BIN)/python -m pip install --quiet 'atheris==3.0.0'
+	PYTHONPATH=tests $(BIN)/python -m pytest -n 2 -q -p fuzz.tally
 	$(BIN)/python -W ignore tests/fuzz/coverage_guided.py $(SECONDS) $(READERS)
 
 # The core from its built wheel, in an environment that has neither plugin nor transformers.
@@ -101,6 +104,15 @@ dist: .venv/.test
 	for folder in . plugins/*; do $(BIN)/python -m build --no-isolation --outdir dist $$folder || exit 1; done
 	$(BIN)/python -m twine check --strict dist/*
 
+# Nothing of the repository is in the environment but its wheels.
+.PHONY: test-wheels
+test-wheels: dist
+	rm -rf .venv-wheels
+	$(PYTHON) -m venv .venv-wheels
+	.venv-wheels/bin/python -m pip install --quiet $(TORCH)
+	.venv-wheels/bin/python -m pip install --quiet dist/*.whl
+	.venv-wheels/bin/python -I tests/e2e/readme.py README.md build/readme
+
 # One cell of the matrix, in an environment of its own; docs/reference/compatibility.md says how.
 TRANSFORMERS :=
 TESTS := tests
@@ -130,4 +142,4 @@ study: .venv/.test
 
 .PHONY: clean
 clean:
-	rm -rf .venv .venv-core .venv-docs .venv-matrix dist build site
+	rm -rf .venv .venv-core .venv-docs .venv-matrix .venv-wheels dist build site
