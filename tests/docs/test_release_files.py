@@ -26,10 +26,7 @@ def test_the_changelog_has_the_form_it_names():
 
     assert "[Unreleased]" == versions[0]
     assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", name) for name in versions[1:])
-    # Until it is released, the version that the packages have is said to be the next.
-    assert any(name.startswith(f"[{VERSION}]") for name in versions) or (
-        f"What will be {VERSION}" in text
-    )
+    assert versions[1].startswith(f"[{VERSION}] - ")
     assert set(kinds) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
     for line in text.partition("### ")[2].splitlines()[1:]:
         assert not line or line.startswith(("- ", "## ", "### ")), line
@@ -40,6 +37,7 @@ def test_the_citation_is_of_this_version_and_names_the_paper():
 
     assert ("1.2.0", "software") == (citation["cff-version"], citation["type"])
     assert VERSION == citation["version"]
+    assert f"## [{VERSION}] - {citation['date-released']}" in (ROOT / "CHANGELOG.md").read_text()
     assert "Apache-2.0" == citation["license"]
     assert citation["authors"]
     papers = [found["value"] for paper in citation["references"] for found in paper["identifiers"]]
