@@ -47,7 +47,7 @@ METHODS: Mapping[str, Method] = {
     "base": Method(title="base", kind="base"),
     "base-shown": Method(title="base, 4 examples before each", kind="base", num_shown=4),
     "ours": Method(title="ours", kind="ours"),
-    "peft": Method(title="PEFT AdaptionPrompt", kind="peft"),
+    "peft": Method(title="PEFT AdaptionPrompt", kind="peft", searched_as="ours"),
     "peft-lora": Method(title="PEFT LoRA", kind="peft_lora"),
     "head": Method(title="ours, gate per head", kind="ours", gate="head", searched_as="ours"),
     "random-1": Method(
