@@ -46,6 +46,9 @@ def main() -> None:
     # Sharded tensors are gathered, to which every process contributes; otherwise the first has all.
     if accelerator.is_fsdp2 or accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(args.output)
+    # A process that went on at once could take its gloo group down while that still frees tensors, and
+    # wait for ever.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
