@@ -1,13 +1,14 @@
 """Start two processes on this machine, with gloo and one thread each, as users start them."""
 
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -56,13 +57,11 @@ def run(command: list[str]) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # A group of its own, so that the processes it starts end with it.
-        start_new_session=True,
     )
     try:
         output, _ = process.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        end(process.pid)
         output, _ = process.communicate()
         msg = f"Nothing came of {command} in {LIMIT} s:\n{output[-3000:]}"
         raise AssertionError(msg) from None
@@ -70,6 +69,14 @@ def run(command: list[str]) -> str:
         msg = f"{command} failed:\n{output[-6000:]}"
         raise AssertionError(msg)
     return output
+
+
+def end(pid: int) -> None:
+    """Kill a launcher and what it started, which has sessions of its own and holds its output open."""
+    launcher = psutil.Process(pid)
+    for process in (*launcher.children(recursive=True), launcher):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @dataclass(frozen=True)
