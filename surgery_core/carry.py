@@ -22,7 +22,7 @@ HOOK_TABLES = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-"""Tables in which `nn.Module` (torch 2.6 to 2.13) keeps hooks and their options."""
+"""Tables in which `nn.Module` (torch 2.8 to 2.14) keeps hooks and their options."""
 
 
 Owners = Callable[[], Mapping[int, Sequence[str]]]
