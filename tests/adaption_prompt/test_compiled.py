@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.caches import with_cache
 from support.families import build, open_gates_, tokens
 from surgery_adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel, adapter_state
 from transformers import StaticCache
@@ -77,9 +78,9 @@ def test_decoding_with_a_static_cache_is_two_graphs(model):
 
     def decoded(call):
         cache = StaticCache(config=base.config, max_cache_len=16)
-        parts = [call(IDS[:, :3], past_key_values=cache, use_cache=True).logits]
+        parts = [call(IDS[:, :3], **with_cache(cache), use_cache=True).logits]
         for at in range(3, IDS.shape[1]):
-            out = call(IDS[:, at : at + 1], past_key_values=cache, use_cache=True)
+            out = call(IDS[:, at : at + 1], **with_cache(cache), use_cache=True)
             parts.append(out.logits)
         return torch.cat(parts, dim=1)
 

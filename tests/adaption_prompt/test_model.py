@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.caches import cache_of, with_cache
 from support.families import build, open_gates_, tokens
 from surgery_adaption_prompt import (
     AdaptionPromptConfig,
@@ -341,7 +342,7 @@ def test_cached_decoding_equals_the_full_forward(model):
         out = model(IDS[:, :3], use_cache=True)
         steps = [out.logits]
         for at in range(3, IDS.shape[1]):
-            out = model(IDS[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
+            out = model(IDS[:, at : at + 1], **with_cache(cache_of(out)), use_cache=True)
             steps.append(out.logits)
 
     assert torch.allclose(full, torch.cat(steps, dim=1), atol=1e-5)

@@ -34,7 +34,7 @@ from surgery_core.testing import assert_unchanged, snapshot
 GATE = [Rule(operation="gate", options={"value": 0.5})]
 
 # Of torch.jit, which torch.compile uses too.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script")
 
 
 class Wrapper(nn.Module):

@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from support.adapted import CONFIG, FLOAT32, adapt, build, flip_gates_, reference, relative_error
@@ -10,6 +11,7 @@ from support.families import Shape, open_gates_, scaling, tokens
 from support.reference import reference_model
 from surgery_adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
 from torch.utils._pytree import tree_map
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from surgery_core import SurgeryWarning
 
@@ -68,7 +70,20 @@ class Lora:
             self.model.set_adapter(name)
 
 
-every_way = pytest.mark.parametrize("way", ["injected", "wrapped", "transformers"])
+every_way = pytest.mark.parametrize(
+    "way",
+    [
+        "injected",
+        "wrapped",
+        pytest.param(
+            "transformers",
+            marks=pytest.mark.skipif(
+                Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+                reason=f"transformers wants PEFT {MIN_PEFT_VERSION} or later",
+            ),
+        ),
+    ],
+)
 either_order = pytest.mark.parametrize("order", ["before ours", "after ours"])
 
 

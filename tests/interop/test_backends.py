@@ -26,7 +26,7 @@ pytestmark = [
     # transformers asks for a mask in a way that torch gives up; torch tells that it did not compile.
     pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script"),
 ]
 
 

@@ -17,6 +17,7 @@ from support.adapted import (
     reference_logits,
     relative_error,
 )
+from support.caches import cache_of, with_cache
 from support.families import Shape, tokens
 from surgery_adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
 from transformers import (
@@ -143,7 +144,7 @@ def test_sliding_caches_slide_and_agree(family, cache):
     out = generated(adapted, ids, mask, **cache_arguments(cache))
     expected = expected_logits(adapted, family, mask, out.sequences)
 
-    layers = out.past_key_values.layers
+    layers = cache_of(out).layers
     assert SLIDING[family] == [layer.is_sliding for layer in layers]
     assert all(layer.keys.shape[-2] <= window < ids.shape[1] for layer in layers)
     assert relative_error(torch.stack(out.logits, 1), expected) < FLOAT32
@@ -157,8 +158,8 @@ def test_a_cache_filled_by_the_base_serves_the_adapter(kind):
     past = kind(config=adapted.config, **({"max_cache_len": 8} if kind is StaticCache else {}))
     with torch.no_grad():
         with adapted.disable_adapter():
-            adapted(ids[:, :5], past_key_values=past)
-        actual = adapted(ids[:, 5:], past_key_values=past, position_ids=torch.arange(5, 8)[None])
+            adapted(ids[:, :5], **with_cache(past))
+        actual = adapted(ids[:, 5:], **with_cache(past), position_ids=torch.arange(5, 8)[None])
     # Only the last layer is adapted: what the base leaves in the cache is what the adapter would.
     expected = reference_logits(adapted, build(dtype=torch.float64), ids)[:, 5:]
 
@@ -198,18 +199,18 @@ def check_quantised_cache(family, make, step):
     """Compare with the reference under a cache of the same kind, not with exact keys and values."""
     ids, mask = left_padded()
     model = frozen_base(family)
-    untouched = generated(model, ids, mask, past_key_values=make(model.config))
+    untouched = generated(model, ids, mask, **with_cache(make(model.config)))
     adapted = adapt(model)
     with adapted.disable_adapter():
-        disabled = generated(adapted, ids, mask, past_key_values=make(adapted.config))
-    out = generated(adapted, ids, mask, past_key_values=make(adapted.config))
+        disabled = generated(adapted, ids, mask, **with_cache(make(adapted.config)))
+    out = generated(adapted, ids, mask, **with_cache(make(adapted.config)))
     actual = torch.stack(out.logits, 1)
     base = build(family, dtype=torch.float64)
     with reference(adapted, base, family):
-        expected = generated(base, ids, mask, past_key_values=make(base.config))
+        expected = generated(base, ids, mask, **with_cache(make(base.config)))
     exact = expected_logits(adapted, family, mask, out.sequences)
 
-    assert isinstance(out.past_key_values, QuantizedCache)
+    assert isinstance(cache_of(out), QuantizedCache)
     assert torch.equal(expected.sequences, out.sequences)
     assert relative_error(actual, torch.stack(expected.logits, 1)) < FLOAT32
     # Or else nothing was quantised.

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from support.caches import cache_of, with_cache
 from support.families import Shape, build, open_gates_, tokens
 from surgery_adaption_prompt import AdaptedAttention
 from surgery_scale_shift import ScaledLinear
@@ -288,8 +289,8 @@ def test_generation_step_by_step_gives_the_logits_of_the_whole():
 
     for position in range(IDS.shape[1]):
         with torch.no_grad():
-            step = model(IDS[:, position : position + 1], past_key_values=cache, use_cache=True)
-        cache = step.past_key_values
+            step = model(IDS[:, position : position + 1], **with_cache(cache), use_cache=True)
+        cache = cache_of(step)
         steps.append(step.logits)
 
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=0, atol=2e-5)

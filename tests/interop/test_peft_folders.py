@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.caches import cache_of, with_cache
 from support.families import Shape, build, gpt2, open_gates_, tokens
 from surgery_adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
 from surgery_adaption_prompt.architectures import architecture_of
@@ -73,7 +74,7 @@ def test_an_adapter_after_the_projection_decodes_trains_and_copies(tmp_path):
 
     with torch.no_grad():
         out = ours(ids[:, :4], use_cache=True)
-        rest = ours(ids[:, 4:], past_key_values=out.past_key_values, use_cache=True)
+        rest = ours(ids[:, 4:], **with_cache(cache_of(out)), use_cache=True)
         stepwise = torch.cat([out.logits, rest.logits], dim=1)
     assert error(stepwise, logits(ours)) < FLOAT32
     assert torch.equal(logits(copy.deepcopy(ours)), logits(ours))

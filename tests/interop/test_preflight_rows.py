@@ -79,7 +79,7 @@ WRAPPERS = {
 
 
 # torch.compile uses torch.jit, which is deprecated.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_the_class_for_peft_users_refuses_what_a_session_refuses(kind):

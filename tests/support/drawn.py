@@ -3,6 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
+from support.caches import cache_of, with_cache
 from support.families import Shape, tokens
 
 
@@ -50,7 +51,7 @@ def logits_stepwise(model, ids, mask):
         out = model(
             ids[:, at : at + 1],
             attention_mask=mask[:, : at + 1],
-            past_key_values=out.past_key_values,
+            **with_cache(cache_of(out)),
             use_cache=True,
         )
         parts.append(out.logits)

@@ -10,6 +10,7 @@ import torch
 from surgery_adaption_prompt import AdaptedAttention, AdaptionPromptConfig, AdaptionPromptModel
 from surgery_adaption_prompt.architectures import attention_modules
 
+from support.caches import cache_of, with_cache
 from support.families import open_gates_, randomize_
 from support.reference import kv_weights, reference_term
 from support.tiny import VOCAB, tiny_model
@@ -125,7 +126,7 @@ def _decoded(model, ids):
         out = model(input_ids=ids[:, :3], use_cache=True)
         parts = [out.logits]
         for at in range(3, ids.shape[1]):
-            past = {"past_key_values": out.past_key_values}
+            past = with_cache(cache_of(out))
             out = model(input_ids=ids[:, at : at + 1], use_cache=True, **past)
             parts.append(out.logits)
         return torch.cat(parts, dim=1)
