@@ -43,7 +43,7 @@ class ModelDocument:
     def render(self) -> str:
         """Write as a table for people: a line for modules that are changed alike."""
         rows = [
-            (f"{name} *" if name in _names(self.active) else name, *line)
+            (f"{name} *" if name in names_in(self.active) else name, *line)
             for name, document in self.documents.items()
             for line in _lines(document)
         ]
@@ -52,7 +52,7 @@ class ModelDocument:
         modules = "1 module" if self.num_edits == 1 else f"{self.num_edits} modules"
         last = f"Plan: {modules} replaced, {total:,} parameters added"
         if len(self.documents) > 1:
-            kept = [RULES, *_names(self.active)]
+            kept = [RULES, *names_in(self.active)]
             at_once = sum(self.documents[n].num_parameters for n in kept if n in self.documents)
             last += f", {at_once:,} of them in the model at once"
         note = "\n* is active" if self.active is not None else ""
@@ -67,7 +67,8 @@ class ModelDocument:
         }
 
 
-def _names(choice: Choice | None) -> list[str]:
+def names_in(choice: Choice | None) -> list[str]:
+    """Return the names of the adapters that a choice is of."""
     return [] if choice is None else [choice] if isinstance(choice, str) else list(choice)
 
 

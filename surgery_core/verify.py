@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from surgery_core.editing import EditedModel
 from surgery_core.errors import OptionsError, listed
-from surgery_core.model_document import RULES, Choice
+from surgery_core.model_document import RULES, Choice, names_in
 from surgery_core.shown import format_table
 from surgery_core.snapshots import snapshot
 from surgery_core.surgery import Plan
@@ -178,7 +178,7 @@ def _identity(edited: EditedModel, inputs: Inputs | None) -> Iterator[Check]:
     with edited.disabled():
         expected = _outputs(edited.model, inputs)
     for choice in _choices(edited):
-        names = {choice} if isinstance(choice, str) else set(choice)
+        names = {*names_in(choice)}
         with _activated(edited, choice):
             found = _compared("identity", _named(choice), expected, edited.model, inputs)
             yield _as_loaded(found, names & edited.loaded)
@@ -211,7 +211,7 @@ def _gradients(edited: EditedModel, inputs: Inputs | None) -> Iterator[Check]:
         return
     for choice in _choices_or_none(edited):
         names = [*([RULES] if edited.surgery is not None else [])]
-        names += [choice] if isinstance(choice, str) else list(choice or {})
+        names += names_in(choice)
         with _activated(edited, choice):
             promised = {id(parameter) for parameter in edited.added_parameters(names)}
             found = dict(edited.model.named_parameters())
@@ -327,11 +327,10 @@ def _named(choice: Choice) -> str:
 
 @contextmanager
 def _activated(edited: EditedModel, choice: Choice | None) -> Iterator[None]:
-    names = () if choice is None else (choice,) if isinstance(choice, str) else tuple(choice)
     if choice is not None:
         edited.set_active(choice)
         edited.swap_state.enable()
-    with _probing(edited.plan.adapters[name].plan for name in names):
+    with _probing(edited.plan.adapters[name].plan for name in names_in(choice)):
         yield
 
 
