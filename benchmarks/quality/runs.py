@@ -29,7 +29,7 @@ class Plan:
 
     Args:
         is_quick: With the tiny model.
-        rates: Learning rates tried, for every method on every task.
+        rates: Learning rates tried, for every method of `SEARCHED` on every task.
         seeds: Of the runs that count; the first is also that of the search.
         steps: By task.
         batch_sizes: By task.
