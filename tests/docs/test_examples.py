@@ -11,6 +11,7 @@ import unittest
 from pathlib import Path
 
 import pytest
+from e2e import readme
 
 from surgery_core.testing import OperationContract
 
@@ -29,7 +30,7 @@ MODULES = [
 
 
 def blocks(page, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return readme.blocks(page.read_text(), language)
 
 
 # PEFT, which a page compares with, uses names that transformers calls old.

@@ -42,17 +42,18 @@ def run_each(seconds: int, names: list[str]) -> int:
         done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603 (this file)
         given = last_number(r"number_of_executed_units: *(\d+)", done.stderr)
         edges = last_number(r"cov: (\d+)", done.stderr)
-        show(name, f"{given:,}", f"{edges:,}", int(done.returncode != 0))
-        if done.returncode:
+        is_bad = done.returncode != 0
+        show(name, f"{given:,}", f"{edges:,}", int(is_bad))
+        if is_bad:
             print(done.stdout[-5000:], done.stderr[-5000:], sep="\n", flush=True)  # noqa: T201 (a program)
-        total, bad = total + given, bad + (done.returncode != 0)
+        total, bad = total + given, bad + is_bad
     show("all", f"{total:,}", "", bad)
     return bad
 
 
 def last_number(pattern: str, text: str) -> int:
     """Return the last of the numbers in a text; 0 if there is none, as when a process broke off."""
-    return int(([*re.findall(pattern, text)] or [0])[-1])
+    return int((re.findall(pattern, text) or [0])[-1])
 
 
 def show(*cells: object) -> None:

@@ -28,9 +28,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = [item for item in items if not is_about_faults(item)]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if is_about_faults(item)]
+    chosen = [item for item in items if is_about_faults(item)]
+    left_out = set(items) - set(chosen)
+    config.hook.pytest_deselected(items=[*left_out])
+    items[:] = chosen
 
 
 def is_about_faults(item: pytest.Item) -> bool:
