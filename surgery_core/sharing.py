@@ -136,13 +136,11 @@ class Sharing:
     Attributes:
         lock: Held while variants are looked up, and by whoever changes them.
         is_in_force: Whether somebody uses something; modules look at it in every pass.
-        epoch: Counts passes with gradients, after which nothing that modules kept is good.
     """
 
     def __init__(self, swap_state: SwapState) -> None:
         self.lock = RLock()
         self.is_in_force = False
-        self.epoch = 0
         self._swap_state = swap_state
         self._running: list[Selection] = []
         self._listeners: dict[str, tuple[nn.Module, nn.Module]] = {}

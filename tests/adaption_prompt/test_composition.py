@@ -17,6 +17,7 @@ from surgery_adaption_prompt import (
     adapter_state,
     load_state_,
 )
+from surgery_adaption_prompt.parts import AttentionCall
 
 from surgery_core import OptionsError, SurgeryError, VariantError
 from surgery_core.testing import InjectedError, failing_at
@@ -89,7 +90,7 @@ def test_the_sum_follows_the_formula(dtype):
     attention = model.get_base_model().model.layers[-1].self_attn
     query = torch.randn(2, 4, 3, 8, dtype=dtype)
     with torch.no_grad():
-        actual = attention.prompt_term(query, scaling=0.3)
+        actual = attention.prompt_term(AttentionCall(query=query, scaling=0.3))
     expected = sum(
         weight
         * reference_term(

@@ -17,6 +17,7 @@ from surgery_adaption_prompt import (
 )
 from surgery_adaption_prompt.checkpoints import expected_bytes
 from surgery_adaption_prompt.config import config_schema
+from surgery_adaption_prompt.parts import AttentionCall, folded_prompts
 from surgery_adaption_prompt.show import show_folder
 
 from surgery_core import ModelRecipe, OptionsError, Rule, Session, StateError, verify
@@ -54,7 +55,7 @@ def test_a_composition_adds_conditioned_and_plain_terms():
 
     def term(module):
         with torch.no_grad(), conditioned(FEATURES):
-            return module.prompt_term(query, scaling=0.3)
+            return module.prompt_term(AttentionCall(query=query, scaling=0.3))
 
     expected = sum(weight * term(own[name]) for name, weight in weights.items())
     model.set_adapter(weights)
@@ -134,7 +135,7 @@ def test_no_prompt_is_made_without_looking_at_features():
     (part,) = module.prompts
 
     with pytest.raises(OptionsError, match=r"no prompt without features.*got condition_size=5"):
-        part.prepared(module, torch.ones(1, 4, 1, 8))
+        folded_prompts([(module, part)], AttentionCall(query=torch.ones(1, 4, 1, 8), scaling=0.3))
 
 
 def test_it_is_not_merged_nor_written_as_a_sum():

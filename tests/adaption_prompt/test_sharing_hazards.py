@@ -200,10 +200,9 @@ def test_a_composition_that_cannot_be_activated_leaves_nothing():
     model.swap_state.on_write = None
 
     assert ("fr", "one") == model.swap_state.names
-    assert {"one", "fr"} == set(model._modules_of)
     model.set_adapter({"one": 1.0, "fr": 1.0})
     model.set_adapter("one")
-    assert {"one", "fr"} == set(model._modules_of)
+    assert ("fr", "one") == model.swap_state.names
 
 
 def test_a_context_that_cannot_be_left_cleanly_leaves_a_model_that_computes_right():

@@ -82,9 +82,9 @@ def test_what_is_refused_by_name_is_found_wrong(monkeypatch, model_type, reason)
 def test_a_term_wider_than_the_output_is_found_wrong(monkeypatch):
     """The judge looks at bfloat16 too."""
 
-    def wide(self, output, query, *, scaling):
+    def wide(self, output, call):
         dtype = torch.promote_types(output.dtype, torch.float32)
-        return output + self.prompt_term(query, scaling=scaling).to(dtype)
+        return output + self.prompt_term(call).to(dtype)
 
     monkeypatch.setattr(AdaptedAttention, "add_prompt", wide)
 

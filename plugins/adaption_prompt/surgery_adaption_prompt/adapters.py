@@ -60,7 +60,6 @@ class AdapterManager(BaseFacade):
         self.peft_config: dict[str, AdaptionPromptConfig] = {}
         self._derived: Derived | None = None
         self._latest: tuple[AdaptionPromptConfig, Plan] | None = None
-        self._modules_of: dict[str, list[AdaptedAttention]] = {}
 
     def add_adapter(
         self,
@@ -117,10 +116,8 @@ class AdapterManager(BaseFacade):
             self._require_unshared(adapter_name)
             others = [name for name in self.peft_config if name != adapter_name]
             then = others[0] if others and adapter_name == self.swap_state.selected else None
-            if then is not None:
-                self._refresh(then)
             self.swap_state.delete(adapter_name, then=then)
-            del self.peft_config[adapter_name], self._modules_of[adapter_name]
+            del self.peft_config[adapter_name]
 
     def rename_adapter(self, adapter_name: str, new_name: str) -> None:
         """Give an adapter another name.
@@ -133,7 +130,6 @@ class AdapterManager(BaseFacade):
         with self.sharing.lock:
             self._require_unshared(adapter_name)
             self.swap_state.rename(adapter_name, new_name)
-            self._modules_of[new_name] = self._modules_of.pop(adapter_name)
             self.peft_config = {
                 new_name if name == adapter_name else name: config
                 for name, config in self.peft_config.items()
@@ -142,8 +138,6 @@ class AdapterManager(BaseFacade):
     def enable_adapter_layers(self) -> None:
         """Put the selected adapter's modules back in the model; harmless when they are there."""
         with self.sharing.lock:
-            if self.swap_state.selected is not None and not self.swap_state.is_enabled:
-                self._refresh(self.swap_state.selected)
             self.swap_state.enable()
 
     def disable_adapter_layers(self) -> None:
@@ -331,8 +325,6 @@ class AdapterManager(BaseFacade):
 
     def _activate(self, variant: str) -> None:
         """Select a variant, and forget what is derived and no longer selected."""
-        if variant != self.swap_state.active:
-            self._refresh(variant)
         if self.sharing.is_in_force:
             self.sharing.require_shareable(variant)
         self.swap_state.set(variant)
@@ -342,7 +334,6 @@ class AdapterManager(BaseFacade):
     def _forget_derived(self) -> None:
         if self._derived is not None:
             self.swap_state.delete(self._derived.variant)
-            del self._modules_of[self._derived.variant]
             self._derived = None
 
     def _derive(self, rule: BoundRule, derived: Derived, *, loans: Loans | None = None) -> None:
@@ -353,7 +344,6 @@ class AdapterManager(BaseFacade):
             self._share(derived.variant)
             self._activate(derived.variant)
         except BaseException:
-            self._modules_of.pop(derived.variant, None)
             self.swap_state.delete(derived.variant)
             raise
         self._derived = derived
@@ -413,7 +403,7 @@ class AdapterManager(BaseFacade):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles have locks, and threads, of their own.
-        return {**vars(self), "sharing": None, "_latest": None, "_modules_of": {}}
+        return {**vars(self), "sharing": None, "_latest": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -423,16 +413,9 @@ class AdapterManager(BaseFacade):
         for name in self.swap_state.names:
             self._share(name)
 
-    def _refresh(self, variant: str) -> None:
-        """Keep nothing of a variant from before: the base may have been written to, uncounted."""
-        for module in self._modules_of[variant]:
-            module.forget()
-
     def _share(self, variant: str) -> None:
         """Let the modules of a variant be asked for what threads use."""
-        found = self.swap_state.variant(variant).values()
-        self._modules_of[variant] = [m for m in found if isinstance(m, AdaptedAttention)]
-        self.sharing.attach(self._modules_of[variant])
+        self.sharing.attach(self.swap_state.variant(variant).values())
 
     def _add(
         self,

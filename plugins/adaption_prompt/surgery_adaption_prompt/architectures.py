@@ -10,19 +10,21 @@ import dis
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface, Cache, EncoderDecoderCache, PretrainedConfig
+from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.pytorch_utils import Conv1D
 
-from surgery_adaption_prompt.attention import TERMS, AdaptedAttention, undispatched
-from surgery_adaption_prompt.baked import Child
+from surgery_adaption_prompt.attention import KEPT, TERMS, AdaptedAttention, undispatched
+from surgery_adaption_prompt.kept import KeptPrompts
+from surgery_adaption_prompt.parts import AttentionCall
 from surgery_adaption_prompt.spread_heads import own_part
 from surgery_core import ContractError, listed, whole_module
 
@@ -37,7 +39,8 @@ Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]
 _CHECKPOINT = "_gradient_checkpointing_func"
 _TABLE = "ALL_ATTENTION_FUNCTIONS"
 _EAGER = "eager_attention_forward"
-_PLAIN_PROJECTIONS = frozenset({nn.Linear, Conv1D})
+_LINEAR_CLASSES = frozenset({nn.Linear, Conv1D})
+_CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 _ORDINARY_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
@@ -144,18 +147,24 @@ class TransformersAttention:
         projections: How to get keys and values of a prompt.
         functions: The table of attention functions that the class's code looks in.
         eager: The function its code falls back to, under the name `eager`.
+        cache_name: Name of the KV cache among the arguments of its forward; empty if it has none,
+            or would not hand on arguments of ours.
     """
 
     attention_class: type[nn.Module]
     projections: Projections
     functions: AttentionInterface
     eager: Callable[..., tuple[Tensor, Tensor | None]]
+    cache_name: str
 
     @classmethod
     def of_class(cls, found: type[nn.Module], projections: Projections) -> "TransformersAttention":
         """Look up what the code of an attention class uses."""
-        code_globals = _forward(found).__globals__
-        return cls(found, projections, code_globals[_TABLE], code_globals[_EAGER])
+        forward = _forward(found)
+        code_globals = forward.__globals__
+        return cls(
+            found, projections, code_globals[_TABLE], code_globals[_EAGER], _cache_name(forward)
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies and pickles name the class; the tables are transformers' own and are not copied.
@@ -224,12 +233,35 @@ class TransformersAttention:
                     "Spread the model over a number of processes that divides its heads.")  # fmt: skip
         return cast("Tensor", part)
 
-    def plain_projections(self, attention: nn.Module) -> Sequence[Child] | None:
-        """Return what `project` calls; None unless only input and parameters decide what they give."""
-        table = attention._modules  # noqa: SLF001 (torch's registry, which is shared with the base)
-        children = [(table, name, table.get(name)) for name in self.projections.names]
-        are_plain = all(type(module) in _PLAIN_PROJECTIONS for _, _, module in children)
-        return cast("list[Child]", children) if are_plain else None
+    def linear_projections(self, attention: nn.Module) -> Sequence[nn.Module] | None:
+        """Return the modules that `project` calls; None if they are not known to be linear."""
+        found = [attention.get_submodule(name) for name in self.projections.names]
+        return found if all(type(module) in _LINEAR_CLASSES for module in found) else None
+
+    def kept_prompts(
+        self, attention: nn.Module, arguments: Mapping[str, Any]
+    ) -> KeptPrompts | None:
+        """Return the prompts kept in the KV cache that a forward was called with.
+
+        They are as old as the base's keys and values in it: where it has none of this layer's,
+        nothing is kept. Compiled and traced code, and passes with gradients, keep nothing.
+        """
+        cache = arguments.get(self.cache_name)
+        if not isinstance(cache, Cache):
+            return None
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if is_traced or torch.is_grad_enabled():
+            # What is there may be older than what this pass puts in the cache.
+            setattr(cache, KEPT, None)
+            return None
+        kept: KeptPrompts | None = vars(cache).get(KEPT)
+        if kept is None:
+            kept = KeptPrompts()
+            setattr(cache, KEPT, kept)
+        adapted = cast("AdaptedAttention", attention)
+        if not _has_keys(cache, cast("int", attention.layer_idx)):
+            kept.found.pop(adapted.base_attention, None)
+        return kept
 
     def sizes(self, base: nn.Module) -> tuple[int, int]:
         """Return the hidden size and the number of attention heads."""
@@ -400,19 +432,45 @@ def _attend_with_prompt(
 ) -> tuple[Tensor, Tensor | None]:
     """Call the base's attention function, and add the prompt's term to its output."""
     architecture = cast("TransformersAttention", module.architecture)
-    terms = kwargs.pop(TERMS, None)
-    output, weights = architecture.base_function(module)(
-        module, query, key, value, attention_mask, **kwargs
+    terms, kept = kwargs.pop(TERMS, None), kwargs.pop(KEPT, None)
+    function = architecture.base_function(module)
+    output, weights = function(module, query, key, value, attention_mask, **kwargs)
+    if kept is not None and query.is_cuda and torch.cuda.is_current_stream_capturing():
+        # A replay would use what is kept now, whatever has changed by then.
+        kept = None
+    # What transformers' own functions fall back to.
+    default = query.shape[-1] ** -0.5
+    scaling = kwargs.get("scaling")
+    call = AttentionCall(
+        query=query,
+        scaling=default if scaling is None else scaling,
+        # Eager attention has every derivative, so its term must.
+        may_fuse=function is not architecture.eager,
+        kept=kept,
     )
     if terms is not None:
         # PEFT knows only this scaling, whatever the base's own is.
-        term = module.prompt_term(query, scaling=query.shape[-1] ** -0.5, is_projected=False)
+        term = module.prompt_term(replace(call, scaling=default), is_projected=False)
         terms.extend([] if term is None else [term])
-    scaling = kwargs.get("scaling")
-    if scaling is None:
-        # What transformers' own functions fall back to.
-        scaling = query.shape[-1] ** -0.5
-    return module.add_prompt(output, query, scaling=scaling), weights
+    return module.add_prompt(output, call), weights
+
+
+def _cache_name(forward: Callable[..., Any]) -> str:
+    parameters = inspect.signature(forward).parameters
+    hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return next((name for name in _CACHE_NAMES if name in parameters and hands_on), "")
+
+
+def _has_keys(cache: Cache, layer_idx: int) -> bool:
+    """Tell whether a KV cache is known to hold keys of a layer, without waiting for a device."""
+    own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    layers = own.layers
+    layer = layers[layer_idx] if layer_idx < len(layers) else None
+    if not isinstance(layer, CacheLayerMixin):
+        return False
+    # Static layers count in a tensor.
+    length = layer.get_seq_length()
+    return bool(length) if isinstance(length, int) or length.is_cpu else False
 
 
 @cache
@@ -475,7 +533,13 @@ def _reads_name(forward: Any) -> bool:  # noqa: ANN401 (see _forward)
 
 
 def _forward(cls: type[nn.Module]) -> Any:  # noqa: ANN401 (a function, or what a decorator made of it)
-    return inspect.unwrap(cls.forward)
+    # An adapted class's own runs the base's.
+    owner = next(
+        base
+        for base in cls.__mro__
+        if "forward" in vars(base) and not issubclass(base, AdaptedAttention)
+    )
+    return inspect.unwrap(owner.forward)
 
 
 def _config_of(module: nn.Module) -> PretrainedConfig:

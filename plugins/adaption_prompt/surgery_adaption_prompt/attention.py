@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from math import sqrt
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,41 +14,38 @@ from surgery_adaption_prompt.parts import (
     PROMPT,
     Attention,
     AttentionArchitecture,
+    AttentionCall,
     PromptPart,
     parameter_shapes,
+    prompt_terms,
 )
 from surgery_core import ContractError, Shareable, dispatch_again, is_dispatched, replicate_
 
 TERMS = "adaption_terms"
 """Keyword by which a forward asks for its term in a list, to add it itself."""
 
+KEPT = "adaption_kept"
+"""Keyword by which a forward hands the prompts in its KV cache to the attention function."""
+
 
 class Part(Protocol):
-    """Something that adds a term; see `PromptPart`."""
+    """What adds a term: a `PromptPart`, or one that says how in `term`."""
 
     config: AdaptionPromptConfig
 
-    def term(
-        self, attention: Attention, query: Tensor, *, scaling: float, is_training: bool
-    ) -> Tensor:
-        """Return the term."""
 
-    def forget(self) -> None:
-        """Drop what was kept from one pass to the next."""
+class OwnTerm(Part, Protocol):
+    """A part that computes its term itself."""
+
+    def term(self, attention: Attention, call: AttentionCall) -> Tensor:
+        """Return the term, `(batch, query_len, heads, head_dim)`, dtype of the query."""
 
 
 class OtherTerms(Protocol):
     """What the code that runs now gets from an attention module instead of the module's own parts."""
 
-    def term(
-        self,
-        attention: "AdaptedAttention",
-        query: Tensor,
-        *,
-        scaling: float,
-        is_projected: bool,
-    ) -> Tensor | None:
-        """Return a term as `PromptPart.term` does; None for none."""
+    def term(self, call: AttentionCall, *, is_projected: bool) -> Tensor | None:
+        """Return a term as `OwnTerm.term` does; None for none."""
 
 
 class AdaptedAttention(Shareable):
@@ -87,55 +84,54 @@ class AdaptedAttention(Shareable):
         """Return the parameters of these parts by name, those of each sorted by it."""
         return {name: getattr(self, name) for part in self.prompts for name in sorted(part.names)}
 
-    def prompt_term(
-        self, query: Tensor, *, scaling: float, is_projected: bool = True
-    ) -> Tensor | None:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401 (the base's own signature)
+        """Run the base's forward, and hand it the prompts that its KV cache keeps."""
+        kept = self.architecture.kept_prompts(self, kwargs)
+        if kept is not None:
+            # The base hands what it does not know on to the attention function.
+            kwargs[KEPT] = kept
+        output: tuple[Any, ...] = super().forward(*args, **kwargs)
+        return output
+
+    def prompt_term(self, call: AttentionCall, *, is_projected: bool = True) -> Tensor | None:
         """Return the gated attention to the prompts.
 
         Args:
-            query: `(batch, heads, query_len, head_dim)`, as the base used it.
-            scaling: Factor on the logits, dimensionless.
+            call: Says for which queries.
             is_projected: The term of adapters that add it before the output projection; otherwise
                 that of the others.
 
         Returns:
-            `(batch, query_len, heads, head_dim)`, dtype of `query`; None if there is none.
+            `(batch, query_len, heads, head_dim)`, dtype of the query; None if there is none.
         """
         if self.sharing is not None and self.sharing.is_in_force:
-            terms = self.sharing.terms()
-            if terms is not None:
-                other: OtherTerms | None = terms.get(id(self.base_attention))
-                if other is None:
-                    return None
-                return other.term(self, query, scaling=scaling, is_projected=is_projected)
-        term = None
-        for part in self.parts:
-            if part.config.project_output is is_projected:
-                added = part.term(self, query, scaling=scaling, is_training=self.training)
-                term = added if term is None else term + added
-        return term
+            shared = self.sharing.terms()
+            if shared is not None:
+                other: OtherTerms | None = shared.get(id(self.base_attention))
+                return None if other is None else other.term(call, is_projected=is_projected)
+        parts = [part for part in self.parts if part.config.project_output is is_projected]
+        prompts = [(self, part) for part in parts if isinstance(part, PromptPart)]
+        terms = prompt_terms(prompts, call) if prompts else []
+        terms += [
+            cast("OwnTerm", part).term(self, call)
+            for part in parts
+            if not isinstance(part, PromptPart)
+        ]
+        return sum(terms[1:], start=terms[0]) if terms else None
 
-    def add_prompt(self, output: Tensor, query: Tensor, *, scaling: float) -> Tensor:
+    def add_prompt(self, output: Tensor, call: AttentionCall) -> Tensor:
         """Add the prompts' term to what the base's attention function gave.
 
         Args:
             output: `(batch, query_len, heads, head_dim)`, before the output projection.
-            query: `(batch, heads, query_len, head_dim)`, as the base used it.
-            scaling: The base's factor on the logits, dimensionless.
+            call: Says for which queries.
 
         Returns:
             Same shape and dtype as `output`.
         """
-        term = self.prompt_term(query, scaling=scaling)
+        term = self.prompt_term(call)
         # Attention functions may return another dtype than the query's (float32 under autocast).
         return output if term is None else output + term.to(output.dtype)
-
-    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 (torch's signature)
-        """Set an attribute; after another module is put here, nothing that was kept is used."""
-        super().__setattr__(name, value)
-        # What merges LoRA weights writes to a projection uncounted, then puts it back here.
-        if isinstance(value, nn.Module):
-            self.forget()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Put a parameter here, and in the base if it has one of that name, as `fully_shard` may do."""
@@ -156,22 +152,15 @@ class AdaptedAttention(Shareable):
         """Set the mode here and on the base, which shares everything else."""
         super().train(mode)
         self.base_attention.training = mode
-        self.forget()
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 (torch's signature)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.forget()
         # Tensors of the base itself may have become new objects (from or to the meta device).
         base = self.base_attention
         base._parameters.update({name: self._parameters[name] for name in base._parameters})  # noqa: SLF001 (torch's registry)
         base._buffers.update({name: self._buffers[name] for name in base._buffers})  # noqa: SLF001 (same)
         return self
-
-    def forget(self) -> None:
-        """Drop what the parts kept from one pass to the next."""
-        for part in self.parts:
-            part.forget()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The class is made at run time, so copies and pickles are made by adapting again.

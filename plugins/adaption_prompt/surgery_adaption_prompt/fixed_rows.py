@@ -11,8 +11,8 @@ from surgery_adaption_prompt.architectures import architecture_of
 from surgery_adaption_prompt.attention import AdaptedAttention, compose
 from surgery_adaption_prompt.config import AdaptionPromptConfig
 from surgery_adaption_prompt.functional import row_prompt_attention
-from surgery_adaption_prompt.parts import Attention, AttentionArchitecture
-from surgery_adaption_prompt.rows import Entry, stacked_rows
+from surgery_adaption_prompt.parts import Attention, AttentionArchitecture, AttentionCall, Entry
+from surgery_adaption_prompt.rows import stacked_rows
 from surgery_core import (
     BoundRule,
     ContractError,
@@ -42,28 +42,20 @@ class BufferedPart:
         self.config = config
         self.max_rows = max_rows
 
-    def term(
-        self,
-        attention: Attention,
-        query: Tensor,
-        *,
-        scaling: float,
-        is_training: bool,  # noqa: ARG002 (nothing is trained here)
-    ) -> Tensor:
-        """Return the term of the first rows; see `PromptPart.term`.
+    def term(self, attention: Attention, call: AttentionCall) -> Tensor:
+        """Return the term of the first rows; see `OwnTerm.term`.
 
         Raises:
             OptionsError: The batch has more rows than there is room for.
         """
-        batch = query.shape[0]
+        batch = call.query.shape[0]
         if batch > self.max_rows:
             msg = f"Batch has {batch} rows: expected at most max_rows={self.max_rows}. Make room."
             raise OptionsError(msg)
         key, value, bias = (getattr(attention, name)[:batch] for name in (KEY, VALUE, BIAS))
-        return row_prompt_attention(query, key, value, bias, scaling=scaling)
-
-    def forget(self) -> None:
-        """Keep everything: buffers are not computed from one pass to the next."""
+        return row_prompt_attention(
+            call.query, key, value, bias, scaling=call.scaling, may_fuse=call.may_fuse
+        )
 
 
 class FixedRows:

@@ -17,10 +17,11 @@ def gated_prompt_attention(
     gate: Float[Tensor, " gates"],
     *,
     scaling: float,
+    may_fuse: bool = True,
 ) -> Float[Tensor, "batch query_len heads value_dim"]:
     """Attend from each query position to the adaption prompt and weight the result by the gate.
 
-    `gate * softmax(query @ prompt_key.T * scaling) @ prompt_value`, with a softmax of its own over
+    `softmax(query @ prompt_key.T * scaling) @ (gate * prompt_value)`, with a softmax of its own over
     the prompt positions, so that a gate of zero removes the prompt without a trace. The result is
     added to what the base attention gives before its output projection.
 
@@ -31,14 +32,16 @@ def gated_prompt_attention(
         prompt_value: Values of the prompt.
         gate: After its activation, dimensionless; one for each query head, or a single one.
         scaling: Factor on the logits, dimensionless; the base attention's own.
+        may_fuse: Allow PyTorch's fused attention, which has neither second nor forward-mode
+            derivatives.
 
     Returns:
         The term to add, laid out as transformers' attention interface returns its output. Dtype
         of `query`. Exactly zero where the gate is zero, if keys and values are finite.
 
     Numerics:
-        Softmax and gate in float32, or float64 for float64 queries. For float16 both products are
-        computed in float32, since logits and gated weights may exceed what float16 can hold; the
+        Softmax and gate in float32, or float64 for float64 queries. For float16 all of it is
+        computed in float32, since logits and gated values may exceed what float16 can hold; the
         result is infinite only where the term itself does. Autocast changes none of this.
 
     Source:
@@ -51,51 +54,34 @@ def gated_prompt_attention(
         >>> gated_prompt_attention(query, prompt, prompt, gate, scaling=0.5)[0, 0, :, 0]
         tensor([0.0000, 0.5000])
     """
-    if _prefers_fused(query):
-        key, gated = fold_gate(prompt_key, prompt_value, gate, heads=query.shape[1])
-        return baked_prompt_attention(query, key, gated, scaling=scaling)
-    batch, heads, query_len, head_dim = query.shape
-    kv_heads, prompt_len, value_dim = prompt_value.shape
-    wide = torch.promote_types(query.dtype, torch.float32)
-    matmul_dtype = wide if query.dtype is torch.float16 else query.dtype
-    with _without_autocast(query.device.type):
-        # (batch, kv_heads, groups * query_len, head_dim): one matmul for the heads that share a key.
-        grouped = query.reshape(batch, kv_heads, -1, head_dim).to(matmul_dtype)
-        logits = grouped @ prompt_key.to(matmul_dtype).transpose(1, 2)
-        # To `wide` before scaling and softmax; low precision would lose the small differences.
-        weights = torch.softmax(logits.to(wide) * scaling, dim=-1)
-        # (batch, heads, query_len, prompt_len), so that the gate meets its heads.
-        weights = weights.view(batch, heads, query_len, prompt_len) * gate.to(wide).view(-1, 1, 1)
-        # Back from `wide`, for the second matmul.
-        weights = weights.view(batch, kv_heads, -1, prompt_len).to(matmul_dtype)
-        # To the query's dtype, from the float32 that float16 is computed in.
-        term = (weights @ prompt_value.to(matmul_dtype)).to(query.dtype)
-    # (batch, query_len, heads, value_dim): the interface's layout.
-    return term.view(batch, heads, query_len, value_dim).transpose(1, 2)
+    key, gated = fold_gate(prompt_key, prompt_value, gate, heads=query.shape[1])
+    return folded_prompt_attention(query, key, gated, scaling=scaling, may_fuse=may_fuse)
 
 
-def baked_prompt_attention(
+def folded_prompt_attention(
     query: Float[Tensor, "batch heads query_len head_dim"],
     key: Float[Tensor, "1 heads prompt_len head_dim"],
     gated_value: Float[Tensor, "1 heads prompt_len value_dim"],
     *,
     scaling: float,
+    may_fuse: bool = True,
 ) -> Float[Tensor, "batch query_len heads value_dim"]:
     """Attend to the adaption prompt with the gate folded into the values already.
 
-    As `gated_prompt_attention`, up to rounding, for when nothing is trained.
-
     Args:
-        query: As there.
-        key: Keys of the prompt, one set for each query head.
+        query: As for `gated_prompt_attention`.
+        key: Keys of the prompt, one set for each query head, as `fold_gate` gives them.
         gated_value: Values of the prompt, times the gate of the head.
-        scaling: As there.
+        scaling: As for `gated_prompt_attention`.
+        may_fuse: As for `gated_prompt_attention`.
 
     Returns:
-        As there. Exactly zero where the gated values are zero, if the keys are finite.
+        As for `gated_prompt_attention`. Exactly zero where the gated values are zero, if the keys
+        are finite.
 
     Numerics:
-        PyTorch's `scaled_dot_product_attention`: softmax in float32 or wider.
+        In the dtype of `key`, which may be wider than the query's; softmax in float32 or wider.
+        Autocast does not change it.
 
     Source:
         See `gated_prompt_attention`.
@@ -103,14 +89,14 @@ def baked_prompt_attention(
     Example:
         >>> query = torch.ones(1, 2, 1, 4)
         >>> value = torch.tensor([0.0, 0.5]).view(1, 2, 1, 1).expand(1, 2, 3, 4)
-        >>> baked_prompt_attention(query, torch.ones(1, 2, 3, 4), value, scaling=0.5)[0, 0, :, 0]
+        >>> folded_prompt_attention(query, torch.ones(1, 2, 3, 4), value, scaling=0.5)[0, 0, :, 0]
         tensor([0.0000, 0.5000])
     """
     batch, heads, query_len, head_dim = query.shape
     # All rows have the same keys, so they are queries of one row, (1, heads, batch * query_len,
     # head_dim): no copies of the keys, and a third less time for 8 rows at decoding.
     rows = query.transpose(0, 1).reshape(1, heads, batch * query_len, head_dim)
-    term = scaled_dot_product_attention(rows, key, gated_value, scale=scaling)
+    term = _attention(rows, key, gated_value, None, scaling=scaling, may_fuse=may_fuse)
     # (batch, query_len, heads, value_dim): the interface's layout.
     return term.reshape(heads, batch, query_len, -1).permute(1, 2, 0, 3)
 
@@ -122,10 +108,11 @@ def row_prompt_attention(
     bias: Float[Tensor, "batch 1 1 prompt_len"] | None,
     *,
     scaling: float,
+    may_fuse: bool = True,
 ) -> Float[Tensor, "batch query_len heads value_dim"]:
     """Attend to an adaption prompt of its own for each row of a batch, gates folded in already.
 
-    As `baked_prompt_attention` for each row alone, up to rounding.
+    As `folded_prompt_attention` for each row alone, up to rounding.
 
     Args:
         query: As there.
@@ -135,13 +122,13 @@ def row_prompt_attention(
         bias: Added to the logits: zero at the positions of the row's prompt, of which there is at
             least one, and minus infinity beyond them; None if all prompts have the same length.
         scaling: As there.
+        may_fuse: As there.
 
     Returns:
         As there. Exactly zero for rows whose gated values are zero, if the keys are finite.
 
     Numerics:
-        In the dtype of `key`, which may be wider than the query's; softmax in float32 or wider.
-        Autocast does not change it.
+        As there.
 
     Source:
         See `gated_prompt_attention`.
@@ -154,13 +141,36 @@ def row_prompt_attention(
         ... ]
         tensor([0.5000, 0.0000])
     """
-    with _without_autocast(query.device.type):
-        # To the keys' dtype and back, where float16 is computed in float32.
-        term = scaled_dot_product_attention(
-            query.to(key.dtype), key, gated_value, attn_mask=bias, scale=scaling
-        ).to(query.dtype)
+    term = _attention(query, key, gated_value, bias, scaling=scaling, may_fuse=may_fuse)
     # (batch, query_len, heads, value_dim): the interface's layout.
     return term.transpose(1, 2)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    *,
+    scaling: float,
+    may_fuse: bool,
+) -> Tensor:
+    """Return `softmax(query @ key.T * scaling + bias) @ value`, in the query's dtype."""
+    with _without_autocast(query.device.type):
+        # To the keys' dtype and back, where float16 is computed in float32.
+        wide_query = query.to(key.dtype)
+        if may_fuse and (_prefers_fused(key) or not torch.is_grad_enabled()):
+            return scaled_dot_product_attention(
+                wide_query, key, value, attn_mask=bias, scale=scaling
+            ).to(query.dtype)
+        # To float32 or wider before scaling and softmax; low precision would lose the small
+        # differences.
+        wide = torch.promote_types(key.dtype, torch.float32)
+        logits = (wide_query @ key.transpose(-1, -2)).to(wide) * scaling
+        if bias is not None:
+            logits = logits + bias
+        # Back from `wide`, for the second matmul.
+        return (torch.softmax(logits, dim=-1).to(value.dtype) @ value).to(query.dtype)
 
 
 def conditioned_prompt(
@@ -214,6 +224,7 @@ def gated_row_prompt_attention(
     gate: Float[Tensor, " gates"],
     *,
     scaling: float,
+    may_fuse: bool = True,
 ) -> Float[Tensor, "batch query_len heads value_dim"]:
     """Attend to an adaption prompt of its own for each row, and weight the result by the gate.
 
@@ -225,6 +236,7 @@ def gated_row_prompt_attention(
         prompt_value: Values of each row's prompt.
         gate: As there.
         scaling: As there.
+        may_fuse: As there.
 
     Returns:
         As there.
@@ -253,7 +265,9 @@ def gated_row_prompt_attention(
     )
     # Multiplied in `wide`, since the gate may be kept wider than the values, then cast once.
     gated = (value.to(wide) * gate.to(wide).view(-1, 1, 1)).to(dtype)
-    return row_prompt_attention(query, key.to(dtype), gated, None, scaling=scaling)
+    return row_prompt_attention(
+        query, key.to(dtype), gated, None, scaling=scaling, may_fuse=may_fuse
+    )
 
 
 def fold_gate(
@@ -273,7 +287,8 @@ def fold_gate(
 
     Returns:
         Keys `(1, heads, prompt_len, head_dim)` and gated values `(1, heads, prompt_len,
-        value_dim)`, for `baked_prompt_attention`; dtypes of `key` and `value`.
+        value_dim)`, for `folded_prompt_attention`. Dtype of `key`, but float32 for float16, which
+        cannot hold every gated value or logit.
 
     Example:
         >>> key, gated = fold_gate(
@@ -282,21 +297,34 @@ def fold_gate(
         >>> gated[0, :, 0, 0]
         tensor([0.0000, 0.5000])
     """
-    groups = heads // key.shape[0]
+    kv_heads, prompt_len, head_dim = key.shape
     wide = torch.promote_types(value.dtype, torch.float32)
-    gated = value.repeat_interleave(groups, dim=0).to(wide) * gate.to(wide).view(-1, 1, 1)
-    return key.repeat_interleave(groups, dim=0)[None], gated.to(value.dtype)[None]
+    dtype = wide if key.dtype is torch.float16 else key.dtype
+    # (kv_heads, groups, prompt_len, head_dim): views, so that nothing is copied but what is returned.
+    keys = key[:, None].expand(-1, heads // kv_heads, -1, -1)
+    values = value[:, None].expand(-1, heads // kv_heads, -1, -1)
+    # In `wide`, since the gate may be kept wider than the values; cast once.
+    gates = (
+        gate.to(wide).view(1, -1, 1, 1)
+        if len(gate) == 1
+        else gate.to(wide).view(kv_heads, -1, 1, 1)
+    )
+    gated = (values.to(wide) * gates).to(dtype)
+    # Seen as (1, heads, prompt_len, head_dim).
+    return (
+        keys.reshape(1, heads, prompt_len, head_dim).to(dtype),
+        gated.reshape(1, heads, prompt_len, -1),
+    )
 
 
-def _prefers_fused(query: Tensor) -> bool:
+def _prefers_fused(key: Tensor) -> bool:
     """Tell whether PyTorch's fused attention is the faster way to compute, and to differentiate.
 
     Forward and backward of 4 x 256 tokens, 9 heads, on 2 cores: 3.0 ms instead of 4.8 in float32,
-    4.0 instead of 2.6 in bfloat16. In float16 a gated value may overflow, so its products are
-    taken in float32.
+    4.0 instead of 2.6 in bfloat16.
     """
-    return query.dtype in (torch.float32, torch.float64) or (
-        query.dtype is torch.bfloat16 and query.is_cuda
+    return key.dtype in (torch.float32, torch.float64) or (
+        key.dtype is torch.bfloat16 and key.is_cuda
     )
 
 

@@ -116,10 +116,10 @@ def _sum(shares: Sequence[_Share], fqn: str) -> tuple[Tensor, Tensor]:
 
 
 def _has_bias(module: AdaptedAttention) -> bool:
-    children = module.architecture.plain_projections(module)
+    children = module.architecture.linear_projections(module)
     if children is None:
         _refuse("its projections", "they are not known to be linear")
-    return any(getattr(child, "bias", None) is not None for _, _, child in children or ())
+    return any(getattr(child, "bias", None) is not None for child in children or ())
 
 
 def _refuse(fqn: str, reason: str) -> None:

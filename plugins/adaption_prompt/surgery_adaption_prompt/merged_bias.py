@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery_adaption_prompt.attention import AdaptedAttention
-from surgery_adaption_prompt.functional import fold_gate
+from surgery_adaption_prompt.parts import AttentionCall, folded_prompts
 from surgery_core import (
     BoundRule,
     ContractError,
@@ -104,11 +104,11 @@ def _bias(linear: nn.Linear, attention: AdaptedAttention) -> Tensor:
     head_dim = attention.architecture.head_dim(attention)
     # Has the shape of a query, (batch, heads, query_len, head_dim); its values do not matter.
     query = linear.weight.new_zeros(1, heads, 1, head_dim)
-    for part in attention.prompts:
-        key, value, gate = part.prepared(attention, query)
-        _, gated = fold_gate(key, value.to(weight.dtype), gate, heads=heads)
+    entries = [(attention, part) for part in attention.prompts]
+    folded = folded_prompts(entries, AttentionCall(query=query, scaling=1.0))
+    for part, (_, gated) in zip(attention.prompts, folded.pairs, strict=True):
         # (1, heads, 1, value_dim) -> (heads * value_dim,)
-        term = gated.flatten()
+        term = gated.flatten().to(weight.dtype)
         total = total + (weight @ term if part.config.project_output else term)
     return total
 

@@ -1,23 +1,23 @@
-"""What one adapter adds to one attention module: its term, and the keys and values kept for it."""
+"""The term that one adapter adds to one attention module."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from surgery_adaption_prompt.baked import BakedPrompt, Child, Sources
 from surgery_adaption_prompt.condition import features_for
 from surgery_adaption_prompt.config import AdaptionPromptConfig
 from surgery_adaption_prompt.functional import (
     activate_gate,
-    baked_prompt_attention,
     conditioned_prompt,
     fold_gate,
-    gated_prompt_attention,
+    folded_prompt_attention,
     gated_row_prompt_attention,
 )
-from surgery_core import OptionsError, Sharing
+from surgery_adaption_prompt.kept import FoldedPrompts, KeptPrompts
+from surgery_core import OptionsError
 
 PROMPT = "adaption_prompt"
 GATE = "adaption_gate"
@@ -72,8 +72,21 @@ class AttentionArchitecture(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Do what `project` does for the heads of all processes."""
 
-    def plain_projections(self, attention: nn.Module) -> Sequence[Child] | None:
-        """Return what `project` calls; None unless only input and parameters decide what they give."""
+    def linear_projections(self, attention: nn.Module) -> Sequence[nn.Module] | None:
+        """Return the modules that `project` calls; None if they are not known to be linear."""
+
+    def kept_prompts(
+        self, attention: nn.Module, arguments: Mapping[str, Any]
+    ) -> KeptPrompts | None:
+        """Return the prompts kept in the KV cache that a forward was called with.
+
+        Args:
+            attention: The module; nothing of it is kept where the cache holds none of its keys.
+            arguments: Keyword arguments of the forward.
+
+        Returns:
+            None if nothing may be kept for the next pass.
+        """
 
     def sizes(self, base: nn.Module) -> tuple[int, int]:
         """Return the hidden size and the number of attention heads."""
@@ -104,12 +117,29 @@ class Attention(Protocol):
     """The attention module that a part belongs to."""
 
     architecture: AttentionArchitecture
-    sharing: Sharing | None
+    base_attention: nn.Module
     _parameters: Any
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AttentionCall:
+    """One call of the base's attention function, to which terms are added.
+
+    Args:
+        query: `(batch, heads, query_len, head_dim)`, as the base used it.
+        scaling: Factor on the logits, dimensionless.
+        may_fuse: Allow PyTorch's fused attention; see `gated_prompt_attention`.
+        kept: Prompts in the KV cache; None for none.
+    """
+
+    query: Tensor
+    scaling: float
+    may_fuse: bool = True
+    kept: KeptPrompts | None = None
+
+
 class PromptPart:
-    """One adapter's share in an attention module: which parameters of the module are its own.
+    """What an adapter adds to an attention module, which has its parameters.
 
     Args:
         config: The adapter's configuration.
@@ -129,71 +159,23 @@ class PromptPart:
         self.weight = weight
         self.names = parameter_names(config) if names is None else names
         self.prompt_name, self.gate_name, *self._condition_names = self.names
-        self.kept: BakedPrompt | None = None
-        self._epoch = 0
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # What was kept for one module is nothing to a copy.
-        return _part, (self.config, self.weight, self.names)
-
-    def is_good(self, attention: Attention, query: Tensor) -> bool:
-        """Tell whether what is kept is good for a query."""
-        kept = self.kept
-        return (
-            kept is not None
-            and kept.key.dtype is query.dtype
-            and self._epoch == _epoch(attention)
-            and kept.sources.are_unchanged()
-        )
-
-    def keep(self, attention: Attention, kept: BakedPrompt) -> None:
-        """Keep keys and gated values until something of them changes."""
-        self.kept, self._epoch = kept, _epoch(attention)
-
-    def forget(self) -> None:
-        """Drop the keys and values kept from one pass to the next."""
-        self.kept = None
 
     def weighted(self, weight: float) -> "PromptPart":
-        """Return the same share with another weight, for which nothing is kept yet."""
-        return _part(self.config, weight, self.names)
+        """Return the same share with another weight."""
+        return PromptPart(self.config, weight=weight, names=self.names)
 
-    def term(
-        self, attention: Attention, query: Tensor, *, scaling: float, is_training: bool
-    ) -> Tensor:
-        """Return the gated attention to the prompt, times the weight.
-
-        Args:
-            attention: The module that has the parameters.
-            query: `(batch, heads, query_len, head_dim)`, as the base used it.
-            scaling: Factor on the logits, dimensionless.
-            is_training: Whether the model is in training mode.
-
-        Returns:
-            `(batch, query_len, heads, head_dim)`, dtype of `query`.
-
-        Raises:
-            OptionsError: The adapter is conditioned, and no features that fit were handed over.
-        """
-        if self.config.condition_size is not None:
-            return self._conditioned_term(attention, query, scaling=scaling)
-        baked = self.baked(attention, query, is_training=is_training)
-        if baked is not None:
-            return baked_prompt_attention(query, baked.key, baked.value, scaling=scaling)
-        key, value, gate = self.prepared(attention, query)
-        return gated_prompt_attention(query, key, value, gate, scaling=scaling)
-
-    def _conditioned_term(self, attention: Attention, query: Tensor, *, scaling: float) -> Tensor:
-        """Return the term with a prompt for each row; nothing is kept, since all of it depends on features."""
+    def conditioned_term(self, attention: Attention, call: AttentionCall) -> Tensor:
+        """Return the term with a prompt for each row, as the features of that row make it."""
+        query = call.query
         features = features_for(query.shape[0], cast("int", self.config.condition_size))
         prompt, down, up = (
             getattr(attention, name) for name in (self.prompt_name, *self._condition_names)
         )
-        # The projections take the base's dtype, as for `prepared`.
+        # The projections take the base's dtype, as for `folded_prompts`.
         prompts = conditioned_prompt(prompt, features, down, up).to(query.dtype)
         # (rows, prompt_len, hidden) -> (1, rows * prompt_len, hidden): one long prompt.
         found = attention.architecture.project(
-            attention,  # type: ignore[arg-type]  # see prepared
+            attention,  # type: ignore[arg-type]  # the protocol cannot say that it is a module
             prompts.flatten(0, 1)[None],
             head_dim=query.shape[-1],
         )
@@ -203,20 +185,13 @@ class PromptPart:
             for one in found
         )
         return gated_row_prompt_attention(
-            query, key, value, self.gate(attention, heads=query.shape[1]), scaling=scaling
+            query,
+            key,
+            value,
+            self.gate(attention, heads=query.shape[1]),
+            scaling=call.scaling,
+            may_fuse=call.may_fuse,
         )
-
-    def prepared(self, attention: Attention, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return keys and values for a query, and the gate after its activation, times the weight."""
-        self.require_one_prompt()
-        # The projections take the base's dtype; the parameters may be kept in a wider one.
-        prompt = getattr(attention, self.prompt_name).to(query.dtype)
-        key, value = attention.architecture.project(
-            attention,  # type: ignore[arg-type]  # the protocol cannot say that it is a module
-            prompt,
-            head_dim=query.shape[-1],
-        )
-        return key, value, self.gate(attention, heads=query.shape[1])
 
     def require_one_prompt(self) -> None:
         """Refuse to say what the prompt is where each row has its own."""
@@ -233,114 +208,93 @@ class PromptPart:
         gate = activate_gate(getattr(attention, self.gate_name), self.config.gate_activation)
         if self.weight != 1.0:
             gate = gate.to(torch.promote_types(gate.dtype, torch.float32)) * self.weight
-        return attention.architecture.own_gate(attention, gate, heads=heads)  # type: ignore[arg-type]  # see prepared
-
-    def baked(
-        self, attention: Attention, query: Tensor, *, is_training: bool
-    ) -> BakedPrompt | None:
-        """Return keys and gated values that are good for a query; None if they must be computed."""
-        # The way of every pass but the first, without lists. Compiled code looks at nothing kept.
-        if (
-            not torch.is_grad_enabled()
-            and not is_training
-            and _may_keep(query)
-            and self.is_good(attention, query)
-        ):
-            return self.kept
-        found = baked_together([(attention, self)], query, is_training=is_training)
-        return None if found is None else found[0]
+        return attention.architecture.own_gate(attention, gate, heads=heads)  # type: ignore[arg-type]  # see conditioned_term
 
 
 Entry = tuple[Attention, PromptPart]
 """What has the parameters of a part, and the part."""
 
 
-def baked_together(
-    entries: Sequence[Entry], query: Tensor, *, is_training: bool
-) -> list[BakedPrompt] | None:
-    """Return keys and gated values of parts at one module that are good for a query.
+def prompt_terms(entries: Sequence[Entry], call: AttentionCall) -> list[Tensor]:
+    """Return the terms of adapters that the whole batch uses, at one attention module.
 
     Args:
-        entries: Over one base module.
-        query: Says dtype and shape.
-        is_training: Whether the model is in training mode.
+        entries: The adapters.
+        call: Says for which queries.
 
     Returns:
-        For each part; None if those of one must be computed.
+        For each adapter `(batch, query_len, heads, head_dim)`, dtype of the query.
 
     Raises:
-        OptionsError: One is conditioned, so that there are none.
+        OptionsError: An adapter is conditioned, and no features that fit were handed over.
     """
+    plain = [entry for entry in entries if entry[1].config.condition_size is None]
+    pairs = iter(folded_prompts(plain, call).pairs if plain else ())
+    return [
+        folded_prompt_attention(
+            call.query, *next(pairs), scaling=call.scaling, may_fuse=call.may_fuse
+        )
+        if part.config.condition_size is None
+        else part.conditioned_term(attention, call)
+        for attention, part in entries
+    ]
+
+
+def folded_prompts(
+    entries: Sequence[Entry], call: AttentionCall, *, are_rows: bool = False
+) -> FoldedPrompts:
+    """Return keys and gated values of adapters at one attention module.
+
+    They are computed unless the KV cache of this pass has them and the pass is for a single token:
+    longer ones are worth the little that it takes.
+
+    Args:
+        entries: The adapters, at least one.
+        call: Says for which queries.
+        are_rows: Project all prompts together, which is faster for many, but rounds otherwise than
+            each for itself.
+
+    Raises:
+        OptionsError: An adapter is conditioned, so that there are none.
+    """
+    query, kept = call.query, call.kept
+    base = entries[0][0].base_attention
+    weights = [part.weight for _, part in entries]
+    # From the registries: a tensor that is computed for each access is not there.
+    parameters = [at._parameters.get(name) for at, part in entries for name in part.names]  # noqa: SLF001 (torch's registry)
+    if kept is not None and query.shape[2] == 1:
+        found = kept.found.get(base)
+        if found is not None and found.fits(parameters, weights, query):
+            return found
+    folded = FoldedPrompts(
+        parameters=parameters,
+        weights=weights,
+        dtype=query.dtype,
+        pairs=_fold(entries, query)
+        if are_rows
+        else [pair for entry in entries for pair in _fold([entry], query)],
+    )
+    if kept is not None and all(tensor is not None for tensor in parameters):
+        kept.found[base] = folded
+    return folded
+
+
+def _fold(entries: Sequence[Entry], query: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return keys and gated values of adapters whose prompts are projected together."""
     for _, part in entries:
         part.require_one_prompt()
-    if torch.is_grad_enabled() or is_training:
-        # Training is under way, and not every optimizer's steps are counted by PyTorch.
-        for attention, part in entries:
-            if part.kept is not None:
-                part.kept = None
-            # Others may keep something of the same parameters: whoever uses the adapter by row or
-            # in another thread.
-            if attention.sharing is not None and not torch.compiler.is_compiling():
-                attention.sharing.epoch += 1
-        return None
-    if not _may_keep(query):
-        return None
-    stale = [entry for entry in entries if not entry[1].is_good(entry[0], query)]
-    if stale:
-        _bake(stale, query)
-    found = [part.kept for _, part in entries]
-    for _, part in stale:
-        if part.kept is not None and part.kept.sources.await_a_step():
-            part.kept = None
-    return None if None in found else cast("list[BakedPrompt]", found)
-
-
-def _bake(entries: Sequence[Entry], query: Tensor) -> None:
-    """Keep what can be watched, with one projection of all prompts."""
-    for _, part in entries:
-        part.kept = None
-    attention = entries[0][0]
-    projections = attention.architecture.plain_projections(attention)  # type: ignore[arg-type]  # see prepared
-    if projections is None:
-        return
-    watched = [
-        (at, part, sources)
-        for at, part in entries
-        if (sources := Sources.of(at._parameters, part.names, projections)) is not None  # noqa: SLF001 (torch's registry)
-    ]
-    if not watched:
-        return
-    prompts = [getattr(at, part.prompt_name).to(query.dtype) for at, part, _ in watched]
+    attention, heads = entries[0][0], query.shape[1]
+    # The projections take the base's dtype; the parameters may be kept in a wider one.
+    prompts = [getattr(at, part.prompt_name).to(query.dtype) for at, part in entries]
     keys, values = attention.architecture.project(
-        attention,  # type: ignore[arg-type]  # see prepared
+        attention,  # type: ignore[arg-type]  # see conditioned_term
         torch.cat(prompts, dim=1) if len(prompts) > 1 else prompts[0],
         head_dim=query.shape[-1],
     )
-    end = 0
-    for (at, part, sources), prompt in zip(watched, prompts, strict=True):
-        begin, end = end, end + prompt.shape[1]
-        heads = query.shape[1]
-        gate = part.gate(at, heads=heads)
-        key, value = fold_gate(keys[:, begin:end], values[:, begin:end], gate, heads=heads)
-        # A gate may be too large for the dtype of the values.
-        if torch.isfinite(value).all():
-            part.keep(at, BakedPrompt(key=key, value=value, sources=sources))
-
-
-def _epoch(attention: Attention) -> int:
-    """Return how many passes with gradients there were, over all adapters of the model."""
-    return 0 if attention.sharing is None else attention.sharing.epoch
-
-
-def _may_keep(query: Tensor) -> bool:
-    """Tell whether what is computed for a query now may be used again."""
-    return not (
-        torch.compiler.is_compiling()
-        or type(query) is not Tensor
-        or torch.is_autocast_enabled(query.device.type)
-        or (query.is_cuda and torch.cuda.is_current_stream_capturing())
-    )
-
-
-def _part(config: AdaptionPromptConfig, weight: float, names: tuple[str, ...]) -> PromptPart:
-    return PromptPart(config, weight=weight, names=names)
+    lengths = [prompt.shape[1] for prompt in prompts]
+    return [
+        fold_gate(key, value, part.gate(at, heads=heads), heads=heads)
+        for (at, part), key, value in zip(
+            entries, keys.split(lengths, dim=1), values.split(lengths, dim=1), strict=True
+        )
+    ]

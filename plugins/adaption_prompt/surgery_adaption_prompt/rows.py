@@ -1,23 +1,25 @@
-"""Terms of several adapters at one attention module: for a whole batch, or for each row its own."""
+"""Terms of several adapters at one attention module: for a whole batch, or one for each row."""
 
 from collections.abc import Sequence
 from math import inf
-from operator import is_not
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from surgery_adaption_prompt.attention import AdaptedAttention
-from surgery_adaption_prompt.functional import fold_gate, row_prompt_attention
-from surgery_adaption_prompt.parts import PromptPart, baked_together
+from surgery_adaption_prompt.functional import folded_prompt_attention, row_prompt_attention
+from surgery_adaption_prompt.kept import Folded, FoldedPrompts, Stacked
+from surgery_adaption_prompt.parts import (
+    AttentionCall,
+    Entry,
+    folded_prompts,
+    prompt_terms,
+)
 from surgery_core import WeightedModule, repeats_of, rows_at
 
-Entry = tuple[AdaptedAttention, PromptPart]
-"""An adapter's share at a module: what has the parameters, and which, with what weight."""
-
-Stacked = tuple[Tensor, Tensor, Tensor | None]
-"""Keys, gated values and bias of each row, for `row_prompt_attention`."""
+if TYPE_CHECKING:
+    from surgery_adaption_prompt.attention import AdaptedAttention
 
 LONG = 32
 """Query length from which rows are computed adapter by adapter, and not gathered.
@@ -36,87 +38,93 @@ class RowTerms:
 
     def __init__(self, rows: Sequence[Sequence[Entry]]) -> None:
         self._num_rows = len(rows)
-        depth = max(map(len, rows))
-        self._layers = [
-            _Layer([row[level] if level < len(row) else None for row in rows])
-            for level in range(depth)
+        # By identity: a part stands for an adapter with a weight.
+        distinct = {id(entry[1]): entry for row in rows for entry in row}
+        self._entries = list(distinct.values())
+        places = {part: place for place, part in enumerate(distinct)}
+        # At most one adapter for each row in each; the base comes after the last adapter.
+        self._levels = [
+            tuple(places[id(row[level][1])] if level < len(row) else len(places) for row in rows)
+            for level in range(max(map(len, rows)))
         ]
 
-    def term(self, query: Tensor, *, scaling: float, is_training: bool) -> Tensor:
-        """Return the sum of each row's terms, as `PromptPart.term` does.
+    def term(self, call: AttentionCall) -> Tensor:
+        """Return the sum of each row's terms.
 
         Args:
-            query: A batch of as many rows, or of a multiple: then each row counts that many times
-                in succession, as beam search lays them out.
-            scaling: Factor on the logits, dimensionless.
-            is_training: Whether the model is in training mode.
+            call: For a batch of as many rows, or of a multiple: then each row counts that many
+                times in succession, as beam search lays them out.
 
         Raises:
             OptionsError: The batch has another number of rows.
         """
-        repeats = repeats_of(query.shape[0], self._num_rows)
-        terms = [
-            layer.term(query, scaling=scaling, repeats=repeats, is_training=is_training)
-            for layer in self._layers
-        ]
+        repeats = repeats_of(call.query.shape[0], self._num_rows)
+        folded = folded_prompts(self._entries, call, are_rows=True)
+        terms = [self._level(index, folded, call, repeats) for index in self._levels]
         return sum(terms[1:], start=terms[0])
 
+    def stacked(self, call: AttentionCall) -> Stacked:
+        """Return what the rows attend to, of at most one adapter each."""
+        (index,) = self._levels
+        return _gathered(index, folded_prompts(self._entries, call, are_rows=True).pairs, 1)
 
-class _Layer:
-    """At most one adapter for each row."""
-
-    def __init__(self, entries: Sequence[Entry | None]) -> None:
-        # By identity: a part stands for an adapter with a weight.
-        distinct = {id(entry[1]): entry for entry in entries if entry is not None}
-        places = {part: place for place, part in enumerate(distinct)}
-        self._entries = list(distinct.values())
-        # The base comes after the last adapter.
-        self._index = [len(places) if e is None else places[id(e[1])] for e in entries]
-        self._kept: tuple[Sequence[object], int, Stacked] | None = None
-
-    def term(self, query: Tensor, *, scaling: float, repeats: int, is_training: bool) -> Tensor:
-        """Return each row's term."""
+    def _level(
+        self, index: tuple[int, ...], folded: FoldedPrompts, call: AttentionCall, repeats: int
+    ) -> Tensor:
+        query = call.query
         if query.shape[2] < LONG:
-            stacked = self.stacked(query, repeats=repeats, is_training=is_training)
-            return row_prompt_attention(query, *stacked, scaling=scaling)
-        # All at once, before each is asked for its term.
-        baked_together(self._entries, query, is_training=is_training)
+            stacked = folded.stacked.get((index, repeats))
+            if stacked is None:
+                stacked = _gathered(index, folded.pairs, repeats)
+                folded.stacked[index, repeats] = stacked
+            return row_prompt_attention(
+                query, *stacked, scaling=call.scaling, may_fuse=call.may_fuse
+            )
         total: Tensor | None = None
-        for place, (attention, part) in enumerate(self._entries):
-            rows = rows_at(self._index, place, repeats)
-            term = part.term(attention, query[rows], scaling=scaling, is_training=is_training)
+        for place in sorted(set(index) - {len(self._entries)}):
+            rows = rows_at(index, place, repeats)
+            term = folded_prompt_attention(
+                query[rows], *folded.pairs[place], scaling=call.scaling, may_fuse=call.may_fuse
+            )
             if total is None:
                 total = term.new_zeros(len(query), *term.shape[1:])
             total[rows] = term
         return cast("Tensor", total)
 
-    def stacked(self, query: Tensor, *, repeats: int, is_training: bool) -> Stacked:
-        """Return what the rows attend to; gathered once as long as nothing of it changes."""
-        baked = baked_together(self._entries, query, is_training=is_training)
-        if baked is None:
-            return self._gather([_folded(*entry, query) for entry in self._entries], repeats)
-        kept = self._kept
-        if kept is None or kept[1] != repeats or any(map(is_not, kept[0], baked)):
-            pairs = [_widened(one.key, one.value) for one in baked]
-            kept = self._kept = (baked, repeats, self._gather(pairs, repeats))
-        return kept[2]
 
-    def _gather(self, pairs: Sequence[tuple[Tensor, Tensor]], repeats: int) -> Stacked:
-        lengths = [key.shape[2] for key, _ in pairs]
-        longest, batch = max(lengths), len(self._index) * repeats
-        # (batch, heads, prompt_len, head_dim), zeros beyond each prompt and for rows of the base.
-        key, value = (one.new_zeros(batch, one.shape[1], longest, one.shape[3]) for one in pairs[0])
-        for place, (found_key, found_value) in enumerate(pairs):
-            rows = rows_at(self._index, place, repeats)
-            key[rows, :, : lengths[place]] = found_key
-            value[rows, :, : lengths[place]] = found_value
-        lengths.append(longest)
-        ends = [lengths[place] for place in self._index for _ in range(repeats)]
-        if set(ends) == {longest}:
-            return key, value, None
-        bias = [[0.0] * end + [-inf] * (longest - end) for end in ends]
-        # Seen as (batch, 1, 1, prompt_len).
-        return key, value, key.new_tensor(bias)[:, None, None]
+def _gathered(index: Sequence[int], pairs: Sequence[Folded], repeats: int) -> Stacked:
+    """Return keys, gated values and bias of each row, in float32 or wider.
+
+    For one query in bfloat16 that takes a third of the time.
+
+    Args:
+        index: For each row the place of its pair; one beyond the last for a row of the base.
+        pairs: Keys and gated values of each adapter.
+        repeats: How many rows in succession each row stands for.
+    """
+    wide = torch.promote_types(pairs[0][0].dtype, torch.float32)
+    used = set(index)
+    lengths = [key.shape[2] if place in used else 0 for place, (key, _) in enumerate(pairs)]
+    longest = max(lengths)
+    lengths.append(longest)
+    at = [place for place in index for _ in range(repeats)]
+    # (batch, heads, prompt_len, head_dim), zeros beyond each prompt and for rows of the base.
+    key, value = (
+        torch.cat(
+            [
+                pad(one[:, :, :longest].to(wide), (0, 0, 0, longest - one[:, :, :longest].shape[2]))
+                for one in ones
+            ]
+            + [ones[0].new_zeros(1, ones[0].shape[1], longest, ones[0].shape[3], dtype=wide)]
+        )[at]
+        for ones in zip(*pairs, strict=True)
+    )
+    ends = [lengths[place] for place in at]
+    if set(ends) == {longest}:
+        return key, value, None
+    bias = [[0.0] * end + [-inf] * (longest - end) for end in ends]
+    # Seen as (batch, 1, 1, prompt_len).
+    return key, value, key.new_tensor(bias)[:, None, None]
 
 
 def stacked_rows(rows: Sequence[Sequence[Entry]], query: Tensor) -> Stacked:
@@ -126,8 +134,7 @@ def stacked_rows(rows: Sequence[Sequence[Entry]], query: Tensor) -> Stacked:
         rows: For each row its adapter, or none.
         query: Has the shape, dtype and device of the queries; its values do not matter.
     """
-    layer = _Layer([row[0] if row else None for row in rows])
-    return layer.stacked(query, repeats=1, is_training=False)
+    return RowTerms(rows).stacked(AttentionCall(query=query, scaling=1.0))
 
 
 class SharedTerms:
@@ -151,20 +158,13 @@ class SharedTerms:
             if len(chosen) > 1
         }
 
-    def term(
-        self, attention: AdaptedAttention, query: Tensor, *, scaling: float, is_projected: bool
-    ) -> Tensor | None:
-        """Return the term at an attention module; see `PromptPart.term`."""
+    def term(self, call: AttentionCall, *, is_projected: bool) -> Tensor | None:
+        """Return the term at the attention module; None for none."""
         if is_projected not in self._rows:
             return None
         if is_projected in self._terms:
-            return self._terms[is_projected].term(
-                query, scaling=scaling, is_training=attention.training
-            )
-        terms = [
-            part.term(at, query, scaling=scaling, is_training=attention.training)
-            for at, part in self._rows[is_projected][0]
-        ]
+            return self._terms[is_projected].term(call)
+        terms = prompt_terms(self._rows[is_projected][0], call)
         return sum(terms[1:], start=terms[0])
 
 
@@ -181,17 +181,3 @@ def entries_of(rows: Sequence[Sequence[WeightedModule]]) -> list[list[Entry]]:
 
 def _of_kind(row: Sequence[Entry], *, is_projected: bool) -> list[Entry]:
     return [entry for entry in row if entry[1].config.project_output is is_projected]
-
-
-def _widened(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return keys and values in float32 or wider.
-
-    For one query in bfloat16 that takes a third of the time; and float16 cannot hold all products.
-    """
-    wide = torch.promote_types(key.dtype, torch.float32)
-    return key.to(wide), value.to(wide)
-
-
-def _folded(attention: AdaptedAttention, part: PromptPart, query: Tensor) -> tuple[Tensor, Tensor]:
-    key, value, gate = part.prepared(attention, query)
-    return fold_gate(*_widened(key, value), gate, heads=query.shape[1])
