@@ -75,20 +75,34 @@ def reference_model(model, adapters, *, scaling, activation="identity"):
         scaling: Factor on the logits.
         activation: Of the gates.
     """
-    attention = next(iter(adapters))
+    act = torch.tanh if activation == "tanh" else lambda gates: gates
+    terms = {module: [(prompt, act(gates))] for module, (prompt, gates) in adapters.items()}
+    with reference_sum(model, terms, scaling=scaling):
+        yield model
+
+
+@contextmanager
+def reference_sum(model, terms, *, scaling):
+    """Run an unadapted sdpa model with several reference terms added inside its attention function.
+
+    Args:
+        model: A model with sdpa attention, not adapted.
+        terms: `(prompt, gates)` of each term by attention module; gates after their activation.
+        scaling: Factor on the logits.
+    """
+    attention = next(module for module in model.modules() if hasattr(module, "layer_idx"))
     table = inspect.unwrap(type(attention).forward).__globals__["ALL_ATTENTION_FUNCTIONS"]
     attend = table["sdpa"]
 
-    def with_term(module, query, *args, **kwargs):
+    def with_terms(module, query, *args, **kwargs):
         output, weights = attend(module, query, *args, **kwargs)
-        if module in adapters:
-            prompt, gates = adapters[module]
+        for prompt, gates in terms.get(module, ()):
             output = output + reference_term(
-                query, prompt, gates, kv_weights(module), scaling=scaling, activation=activation
+                query, prompt, gates, kv_weights(module), scaling=scaling, activation="identity"
             )
         return output, weights
 
-    table["sdpa"] = with_term
+    table["sdpa"] = with_terms
     try:
         yield model
     finally:

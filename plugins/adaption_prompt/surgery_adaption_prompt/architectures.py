@@ -25,6 +25,12 @@ from transformers.pytorch_utils import Conv1D
 from surgery_adaption_prompt.attention import KEPT, TERMS, AdaptedAttention, undispatched
 from surgery_adaption_prompt.kept import KeptPrompts
 from surgery_adaption_prompt.parts import AttentionCall
+from surgery_adaption_prompt.projections import (
+    FusedProjection,
+    InterleavedProjection,
+    Projections,
+    SeparateProjections,
+)
 from surgery_adaption_prompt.spread_heads import own_part
 from surgery_core import ContractError, listed, whole_module
 
@@ -41,73 +47,7 @@ _TABLE = "ALL_ATTENTION_FUNCTIONS"
 _EAGER = "eager_attention_forward"
 _LINEAR_CLASSES = frozenset({nn.Linear, Conv1D})
 _CACHE_NAMES = ("cache", "past_key_values", "layer_past")
-_ORDINARY_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
-
-@dataclass(frozen=True)
-class SeparateProjections:
-    """Keys and values come from two projections, as in Llama."""
-
-    key: str = "k_proj"
-    value: str = "v_proj"
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the projections in their module."""
-        return self.key, self.value
-
-    def __call__(self, attention: nn.Module, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the prompt, `(1, prompt_len, kv_heads * head_dim)`."""
-        return (
-            _project(attention.get_submodule(self.key), prompt),
-            _project(attention.get_submodule(self.value), prompt),
-        )
-
-
-@dataclass(frozen=True)
-class FusedProjection:
-    """Queries, keys and values come from one projection, one after the other, as in Phi-3."""
-
-    name: str
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Name of the projection in its module."""
-        return (self.name,)
-
-    def __call__(self, attention: nn.Module, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the prompt, `(1, prompt_len, kv_heads * head_dim)`."""
-        fused = _project(attention.get_submodule(self.name), prompt)
-        config = _config_of(attention)
-        heads = config.num_attention_heads
-        # Not every configuration knows of grouped heads; without them there are as many as queries.
-        kv_heads = getattr(config, "num_key_value_heads", heads)
-        keys = fused.shape[-1] // (heads + 2 * kv_heads) * kv_heads
-        key, value = fused[..., -2 * keys :].chunk(2, dim=-1)
-        return key, value
-
-
-@dataclass(frozen=True)
-class InterleavedProjection:
-    """Each head's query, key and value come one after the other, as in GPT-NeoX."""
-
-    name: str
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Name of the projection in its module."""
-        return (self.name,)
-
-    def __call__(self, attention: nn.Module, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the prompt, `(1, prompt_len, heads * head_dim)`."""
-        fused = _project(attention.get_submodule(self.name), prompt)
-        heads = _config_of(attention).num_attention_heads
-        # Seen as (1, prompt_len, heads, 3, head_dim).
-        _, key, value = fused.view(1, prompt.shape[1], heads, 3, -1).unbind(dim=3)
-        return key.flatten(2), value.flatten(2)
-
-
-Projections = SeparateProjections | FusedProjection | InterleavedProjection
 
 KNOWN_CLASSES: Mapping[str, Projections] = {
     "GPT2Attention": FusedProjection("c_attn"),
@@ -249,7 +189,7 @@ class TransformersAttention:
         cache = arguments.get(self.cache_name)
         if not isinstance(cache, Cache):
             return None
-        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # not in its stubs
         if is_traced or torch.is_grad_enabled():
             # What is there may be older than what this pass puts in the cache.
             setattr(cache, KEPT, None)
@@ -469,7 +409,7 @@ def _has_keys(cache: Cache, layer_idx: int) -> bool:
     if not isinstance(layer, CacheLayerMixin):
         return False
     # Static layers count in a tensor.
-    length = layer.get_seq_length()
+    length = cast("int | Tensor", layer.get_seq_length())
     return bool(length) if isinstance(length, int) or length.is_cpu else False
 
 
@@ -478,17 +418,6 @@ def _view_class(base: type[PretrainedConfig]) -> type[PretrainedConfig]:
     """Return a class whose objects differ from the base's in the attention function they name."""
     members = {"_attn_implementation": property(lambda _: SEAM_KEY), "__module__": __name__}
     return type(f"Seam{base.__name__}", (base,), members)
-
-
-def _project(projection: nn.Module, prompt: Tensor) -> Tensor:
-    """Call a projection in the dtype of its weight, if that is an ordinary one."""
-    dtype = getattr(getattr(projection, "weight", None), "dtype", None)
-    # Queries may be wider than the weights (after norms kept in float32). Quantised weights, or
-    # none, say nothing about the input: those projections get the query's dtype.
-    inputs = prompt.to(dtype) if dtype in _ORDINARY_DTYPES else prompt
-    # Back to the query's dtype, whatever the projection gave.
-    output: Tensor = projection(inputs).to(prompt.dtype)
-    return output
 
 
 def _projections(module: nn.Module) -> Projections | None:
@@ -534,12 +463,12 @@ def _reads_name(forward: Any) -> bool:  # noqa: ANN401 (see _forward)
 
 def _forward(cls: type[nn.Module]) -> Any:  # noqa: ANN401 (a function, or what a decorator made of it)
     # An adapted class's own runs the base's.
-    owner = next(
-        base
+    forwards = (
+        vars(base)["forward"]
         for base in cls.__mro__
         if "forward" in vars(base) and not issubclass(base, AdaptedAttention)
     )
-    return inspect.unwrap(owner.forward)
+    return inspect.unwrap(next(forwards))
 
 
 def _config_of(module: nn.Module) -> PretrainedConfig:

@@ -40,9 +40,9 @@ def gated_prompt_attention(
         of `query`. Exactly zero where the gate is zero, if keys and values are finite.
 
     Numerics:
-        Softmax and gate in float32, or float64 for float64 queries. For float16 all of it is
-        computed in float32, since logits and gated values may exceed what float16 can hold; the
-        result is infinite only where the term itself does. Autocast changes none of this.
+        In float32 or wider, with one cast to the query's dtype at the end; for bfloat16 where no
+        gradients are recorded, softmax and gate alone. Logits and gated values may thus exceed what
+        float16 can hold. Autocast changes none of this.
 
     Source:
         Zhang et al. 2023, arXiv:2303.16199, sec. 3.2; `gate` is their g_l.
@@ -157,20 +157,19 @@ def _attention(
 ) -> Tensor:
     """Return `softmax(query @ key.T * scaling + bias) @ value`, in the query's dtype."""
     with _without_autocast(query.device.type):
-        # To the keys' dtype and back, where float16 is computed in float32.
-        wide_query = query.to(key.dtype)
-        if may_fuse and (_prefers_fused(key) or not torch.is_grad_enabled()):
-            return scaled_dot_product_attention(
-                wide_query, key, value, attn_mask=bias, scale=scaling
-            ).to(query.dtype)
+        # To the keys' dtype and back: they may be wider than the query.
+        rows = query.to(key.dtype)
+        if may_fuse:
+            term = scaled_dot_product_attention(rows, key, value, attn_mask=bias, scale=scaling)
+            return term.to(query.dtype)
         # To float32 or wider before scaling and softmax; low precision would lose the small
         # differences.
         wide = torch.promote_types(key.dtype, torch.float32)
-        logits = (wide_query @ key.transpose(-1, -2)).to(wide) * scaling
+        logits = (rows @ key.transpose(-1, -2)).to(wide) * scaling
         if bias is not None:
             logits = logits + bias
-        # Back from `wide`, for the second matmul.
-        return (torch.softmax(logits, dim=-1).to(value.dtype) @ value).to(query.dtype)
+        # Back from `wide` for the second matmul, and to the query's dtype after it.
+        return (torch.softmax(logits, dim=-1).to(key.dtype) @ value).to(query.dtype)
 
 
 def conditioned_prompt(
@@ -242,7 +241,7 @@ def gated_row_prompt_attention(
         As there.
 
     Numerics:
-        In float32 or wider, but for bfloat16 on CUDA. Autocast does not change it.
+        In float32 or wider. Autocast does not change it.
 
     Source:
         See `gated_prompt_attention`.
@@ -257,17 +256,15 @@ def gated_row_prompt_attention(
     batch, heads = query.shape[:2]
     rows, kv_heads = prompt_key.shape[:2]
     wide = torch.promote_types(query.dtype, torch.float32)
-    dtype = query.dtype if _prefers_fused(query) else wide
-    # To (batch, heads, prompt_len, head_dim): a set of keys for each row and each query head.
+    # To (batch, heads, prompt_len, head_dim) in `wide`: a set of keys for each row and query head.
     key, value = (
-        found.repeat_interleave(heads // kv_heads, dim=1).repeat_interleave(batch // rows, dim=0)
+        found.to(wide)
+        .repeat_interleave(heads // kv_heads, dim=1)
+        .repeat_interleave(batch // rows, dim=0)
         for found in (prompt_key, prompt_value)
     )
-    # Multiplied in `wide`, since the gate may be kept wider than the values, then cast once.
-    gated = (value.to(wide) * gate.to(wide).view(-1, 1, 1)).to(dtype)
-    return row_prompt_attention(
-        query, key.to(dtype), gated, None, scaling=scaling, may_fuse=may_fuse
-    )
+    gated = value * gate.to(wide).view(-1, 1, 1)
+    return row_prompt_attention(query, key, gated, None, scaling=scaling, may_fuse=may_fuse)
 
 
 def fold_gate(
@@ -287,8 +284,8 @@ def fold_gate(
 
     Returns:
         Keys `(1, heads, prompt_len, head_dim)` and gated values `(1, heads, prompt_len,
-        value_dim)`, for `folded_prompt_attention`. Dtype of `key`, but float32 for float16, which
-        cannot hold every gated value or logit.
+        value_dim)`, for `folded_prompt_attention`; in float32 or wider, but in bfloat16 for
+        bfloat16 where no gradients are recorded.
 
     Example:
         >>> key, gated = fold_gate(
@@ -297,35 +294,18 @@ def fold_gate(
         >>> gated[0, :, 0, 0]
         tensor([0.0000, 0.5000])
     """
-    kv_heads, prompt_len, head_dim = key.shape
-    wide = torch.promote_types(value.dtype, torch.float32)
-    dtype = wide if key.dtype is torch.float16 else key.dtype
-    # (kv_heads, groups, prompt_len, head_dim): views, so that nothing is copied but what is returned.
-    keys = key[:, None].expand(-1, heads // kv_heads, -1, -1)
-    values = value[:, None].expand(-1, heads // kv_heads, -1, -1)
-    # In `wide`, since the gate may be kept wider than the values; cast once.
-    gates = (
-        gate.to(wide).view(1, -1, 1, 1)
-        if len(gate) == 1
-        else gate.to(wide).view(kv_heads, -1, 1, 1)
-    )
-    gated = (values.to(wide) * gates).to(dtype)
-    # Seen as (1, heads, prompt_len, head_dim).
-    return (
-        keys.reshape(1, heads, prompt_len, head_dim).to(dtype),
-        gated.reshape(1, heads, prompt_len, -1),
-    )
-
-
-def _prefers_fused(key: Tensor) -> bool:
-    """Tell whether PyTorch's fused attention is the faster way to compute, and to differentiate.
-
-    Forward and backward of 4 x 256 tokens, 9 heads, on 2 cores: 3.0 ms instead of 4.8 in float32,
-    4.0 instead of 2.6 in bfloat16.
-    """
-    return key.dtype in (torch.float32, torch.float64) or (
-        key.dtype is torch.bfloat16 and key.is_cuda
-    )
+    groups, dtype = heads // key.shape[0], key.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    # In `wide` before they are repeated, so that gradients of heads that share a key add up there.
+    key, value = key.to(wide), value.to(wide)
+    if groups > 1:
+        # (kv_heads, prompt_len, head_dim) -> (heads, prompt_len, head_dim)
+        key, value = key.repeat_interleave(groups, dim=0), value.repeat_interleave(groups, dim=0)
+    gated = value * gate.to(wide).view(-1, 1, 1)
+    # Nothing is trained, and bfloat16 can hold whatever float32 can: cast once for speed.
+    if dtype is torch.bfloat16 and not torch.is_grad_enabled():
+        key, gated = key.to(dtype), gated.to(dtype)
+    return key[None], gated[None]
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:

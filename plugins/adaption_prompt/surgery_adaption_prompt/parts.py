@@ -291,10 +291,9 @@ def _fold(entries: Sequence[Entry], query: Tensor) -> list[tuple[Tensor, Tensor]
         torch.cat(prompts, dim=1) if len(prompts) > 1 else prompts[0],
         head_dim=query.shape[-1],
     )
-    lengths = [prompt.shape[1] for prompt in prompts]
-    return [
-        fold_gate(key, value, part.gate(at, heads=heads), heads=heads)
-        for (at, part), key, value in zip(
-            entries, keys.split(lengths, dim=1), values.split(lengths, dim=1), strict=True
-        )
-    ]
+    found, end = [], 0
+    for (at, part), prompt in zip(entries, prompts, strict=True):
+        begin, end = end, end + prompt.shape[1]
+        gate = part.gate(at, heads=heads)
+        found.append(fold_gate(keys[:, begin:end], values[:, begin:end], gate, heads=heads))
+    return found
