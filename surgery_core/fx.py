@@ -9,10 +9,11 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from surgery_core.errors import ConflictError, ContractError, NoMatchError, SurgeryError, listed
 from surgery_core.operation import TensorSpec
-from surgery_core.patterns import GraphMatch, find_pattern, stand_in
+from surgery_core.patterns import GraphMatch, find_pattern, nodes_in, stand_in
 from surgery_core.plan import describe_added
 from surgery_core.selectors import Selector
 from surgery_core.shown import format_table
@@ -361,9 +362,9 @@ class _Emitter:
             )
             raise ContractError(msg, fqn=claim.edit.fqn, expected="no cycle", actual="a cycle")
         self._begun.add(claim)
-        for used in claim.match.inputs:
+        for used in nodes_in(claim.match.inputs):
             self.emit(used)
-        inputs = tuple(self._done[used] for used in claim.match.inputs)
+        inputs: Any = map_arg(claim.match.inputs, self._done.__getitem__)
         new = self._graph.call_module(claim.edit.fqn, inputs)
         outputs = claim.match.outputs
         # What is known of a value, where it was computed included, is known of its successor.
