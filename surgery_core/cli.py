@@ -1,30 +1,39 @@
 """The command line: plan, apply, verify and show what recipes and records say of models."""
 
 import functools
+import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from surgery_core.cli_inputs import (
-    Target,
     absolute,
     aligned,
     is_recipe,
-    load_model,
     options_of,
     read_target,
     record_folders,
 )
-from surgery_core.cli_output import errors_reported, print_json, print_shown, print_table, progress
+from surgery_core.cli_output import (
+    errors_reported,
+    leave_stdout,
+    print_json,
+    print_shown,
+    print_table,
+    progress,
+    stdout_kept,
+    working,
+)
+from surgery_core.cli_steps import Applied, apply_and_save, edited_model, plan_all, verify_edited
 from surgery_core.compare import differences
-from surgery_core.editing import EditedModel, ModelPlan
+from surgery_core.environment import as_written
 from surgery_core.errors import OptionsError, RecordError, listed
 from surgery_core.hookspecs import COMMANDS_GROUP, Command
-from surgery_core.model_document import ModelDocument
 from surgery_core.operation import Rule
 from surgery_core.plugins import Plugins
 from surgery_core.recipe import parse_recipe
@@ -32,22 +41,34 @@ from surgery_core.recipe_schema import recipe_schema
 from surgery_core.record import RECORD_FILE, read_record, show_record
 from surgery_core.session import Session
 from surgery_core.shown import Shown
-from surgery_core.slots import Slot
-from surgery_core.verify import ALL_TIERS, DEFAULT_TIERS, Tier, Verification
-from surgery_core.verify import verify as verify_model
+from surgery_core.sources import load_source
+from surgery_core.verify import ALL_TIERS, DEFAULT_TIERS, Verification
 
 HELP = "Plan, apply and verify changes to the modules of PyTorch models."
 
-app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=True)
+OPTIONS: Mapping[str, Any] = {
+    "help": HELP,
+    "no_args_is_help": True,
+    "add_completion": True,
+    # They may be anybody's, and secret.
+    "pretty_exceptions_show_locals": False,
+}
+
+app = typer.Typer(**OPTIONS)
 
 VERIFIED_COLUMNS = ("model", "check", "of", "outcome", "detail")
 
 EXIT_CHANGES = 2
 """Exit status of `surgery plan` and `surgery diff` when there is something to change."""
 
+INTERRUPTED = 130
+"""Exit status after an interrupt, as shells have it."""
+
 
 def _operations(incomplete: str) -> list[str]:
-    return [name for name in Session().plugins.operations if name.startswith(incomplete)]
+    with stdout_kept():
+        names = Session().plugins.operations
+    return [name for name in names if name.startswith(incomplete)]
 
 
 def _tiers(incomplete: str) -> list[str]:
@@ -61,6 +82,10 @@ Variables = Annotated[
 Models = Annotated[
     list[str] | None,
     typer.Option("--model", help="name=source, or a source where there is one model."),
+]
+AllowCode = Annotated[
+    bool,
+    typer.Option("--allow-code", help="Import and call package.module:factory if a file names it."),
 ]
 RecipeFile = Annotated[str, typer.Argument(help="A recipe: YAML, TOML or JSON.")]
 OperationName = Annotated[
@@ -79,7 +104,8 @@ def main() -> None:
 @app.command()
 def plugins(*, as_json: Json = False) -> None:
     """List the plugins found, broken ones included, and the operations each offers."""
-    found = Session().plugins
+    with working():
+        found = Session().plugins
     if as_json:
         print_json([asdict(info) for info in found.infos])
         return
@@ -115,35 +141,36 @@ def plan(
     var: Variables = None,
     model: Models = None,
     *,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Show what would change; no weights are loaded. Exit status: 0 nothing, 2 changes, 1 error."""
-    with errors_reported():
-        session = Session()
+    with working():
+        session = Session(allow_code=allow_code)
         if operation is not None:
             if var or model:
                 msg = "Neither --var nor --model has a meaning with --operation. Leave them out."
                 raise OptionsError(msg)
             rule = Rule(operation=operation, select=select, options=options_of(option or []))
-            document = session.plan(load_model(session, source, weights=False), [rule]).document
-            typer.echo(document.to_json() if as_json else document.render())
-            raise typer.Exit(EXIT_CHANGES if document.edits else 0)
-        if select is not None or option:
-            msg = "Neither --select nor --option has a meaning without --operation. Name one."
-            raise OptionsError(msg)
-        if not is_recipe(source):
-            msg = f"Source {source!r} is no recipe: expected one, or --operation. Pass either."
-            raise OptionsError(msg)
-        target = read_target(source, variables=var or [], models=model or [])
-        documents = {
-            name: _plan(session, target, name, weights=False).document
-            for name in target.recipe.models
-        }
+            built = load_source(session.plugins, source, weights=False)
+            single = session.plan(built, [rule]).document
+        else:
+            if select is not None or option:
+                msg = "Neither --select nor --option has a meaning without --operation. Name one."
+                raise OptionsError(msg)
+            if not is_recipe(source):
+                msg = f"Source {source!r} is no recipe: expected one, or --operation. Pass either."
+                raise OptionsError(msg)
+            target = read_target(source, variables=var or [], models=model or [])
+            single, titles, documents = None, *plan_all(session, target)
+    if single is not None:
+        typer.echo(single.to_json() if as_json else single.render())
+        raise typer.Exit(EXIT_CHANGES if single.edits else 0)
     if as_json:
         print_json({"models": {name: found.to_mapping() for name, found in documents.items()}})
     else:
         for name, found in documents.items():
-            typer.echo(f"{name} ({target.source(name)})\n{found.render()}\n")
+            typer.echo(f"{titles[name]}\n{found.render()}\n")
     raise typer.Exit(EXIT_CHANGES if any(found.num_edits for found in documents.values()) else 0)
 
 
@@ -157,16 +184,17 @@ def apply(
     check: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Verify a model before it is saved.")
     ] = True,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Apply a recipe, verify it, and keep a record for each model. Exit status: 0, or 1."""
-    done: dict[str, _Applied] = {}
+    done: dict[str, Applied] = {}
     try:
-        with errors_reported():
-            session = Session()
+        with working():
+            session = Session(allow_code=allow_code)
             target = read_target(recipe, variables=var or [], models=model or [])
             for name in target.recipe.models:
-                done[name] = _applied(session, target, name, out / name, check=check)
+                done[name] = apply_and_save(session, target, name, out / name, check=check)
     finally:
         # An error with one model does not take back the records of those before it.
         _print_applied(recipe, done, as_json=as_json)
@@ -183,21 +211,22 @@ def verify(
     var: Variables = None,
     model: Models = None,
     *,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Apply a recipe or a record, and check that it holds. Exit status: 0, or 1."""
     tiers: Any = tuple(tier or DEFAULT_TIERS)
     outcomes: dict[str, Verification] = {}
-    with errors_reported():
+    with working():
         # Before a model is loaded for nothing.
         unknown = sorted(set(tiers) - set(ALL_TIERS))
         if unknown:
             msg = f"Tiers {listed(unknown)} are unknown: expected some of {listed(ALL_TIERS, most=6)}."
             raise OptionsError(msg)
-        session = Session()
+        session = Session(allow_code=allow_code)
         target = read_target(source, variables=var or [], models=model or [])
         for name in target.recipe.models:
-            outcomes[name] = _verified(session, _edited(session, target, name), tiers)
+            outcomes[name] = verify_edited(session, edited_model(session, target, name), tiers)
     if as_json:
         print_json({"models": {name: found.to_mapping() for name, found in outcomes.items()}})
     else:
@@ -215,7 +244,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show what is saved, without a model. Exit status: 0, or 1 on an error."""
-    with errors_reported():
+    with working():
         folders = record_folders(source)
         if (Path(source) / RECORD_FILE).is_file():
             found = [show_record(read_record(source))]
@@ -241,7 +270,7 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Show how two recipes or records differ. Exit status: 0 not at all, 2 they do, 1 error."""
-    with errors_reported():
+    with working():
         old, new = read_target(before, variables=var or []), read_target(after, variables=var or [])
         old, new = aligned(old, new), aligned(new, old)
         found = differences(old.recipe, new.recipe, old.records, new.records)
@@ -258,8 +287,10 @@ def diff(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, with the options of every operation installed."""
-    operations = Session().plugins.operations
-    print_json(recipe_schema({name: found.options_schema() for name, found in operations.items()}))
+    with working():
+        operations = Session().plugins.operations
+        found = recipe_schema({name: each.options_schema() for name, each in operations.items()})
+    print_json(found)
 
 
 @app.command("import")
@@ -272,17 +303,17 @@ def import_(
     option: GivenOptions = None,
 ) -> None:
     """Make a record of an adapter that something else saved. Exit status: 0, or 1 on an error."""
-    with errors_reported():
+    with working():
         session = Session()
         adapter = {
             "operation": operation,
             "options": options_of(option or []),
-            "source": absolute(source),
+            "source": as_written(absolute(source)),
         }
-        part = {"source": absolute(model), "adapters": {name: adapter}}
+        part = {"source": as_written(absolute(model)), "adapters": {name: adapter}}
         recipe = parse_recipe({"models": {"model": part}})
         with progress("Loading the model"):
-            loaded = load_model(session, absolute(model), weights=True)
+            loaded = load_source(session.plugins, absolute(model), weights=True)
         edited = session.plan_recipe(loaded, recipe).apply()
         session.save(edited, out)
     typer.echo(f"Adapter {name!r} is recorded in {str(out)!r}.")
@@ -296,10 +327,12 @@ def export(
         str | None, typer.Option(help="Name of the adapter; may be left out if there is one.")
     ] = None,
     model: Models = None,
+    *,
+    allow_code: AllowCode = False,
 ) -> None:
     """Write an adapter of a record in its operation's format. Exit status: 0, or 1 on an error."""
-    with errors_reported():
-        session = Session()
+    with working():
+        session = Session(allow_code=allow_code)
         target = read_target(record, models=model or [])
         if len(target.records) != 1:
             msg = f"Source {record!r} is no record: expected a folder with {RECORD_FILE!r}."
@@ -313,7 +346,7 @@ def export(
             )
             raise OptionsError(msg)
         chosen = adapters[0] if adapter is None else adapter
-        edited = _edited(session, target, name)
+        edited = edited_model(session, target, name)
         session.export(edited, chosen, out)
     typer.echo(f"Adapter {chosen!r} is written to {str(out)!r}.")
 
@@ -324,7 +357,7 @@ _UsageError: Any = typer.BadParameter.__base__
 
 def with_commands(plugins: Plugins) -> typer.Typer:
     """Return the command line with the commands of plugins, which have a panel of their own."""
-    found = typer.Typer(help=HELP, no_args_is_help=True, add_completion=True)
+    found = typer.Typer(**OPTIONS)
     found.callback()(main)
     found.registered_commands += app.registered_commands
     for info in plugins.infos:
@@ -347,87 +380,31 @@ def _reported(command: Command) -> Command:
 
 def run() -> None:
     """Run the command line; wrong usage exits with 1, since 2 means that there are changes."""
-    # Last, so that nothing there hides what is installed.
-    sys.path.append(str(Path.cwd()))
+    before = signal.signal(signal.SIGINT, _interrupt)
     try:
-        status = with_commands(Plugins(group=COMMANDS_GROUP))(standalone_mode=False)
+        with working():
+            found = with_commands(Plugins(group=COMMANDS_GROUP))
+        status = found(standalone_mode=False)
     except _UsageError as err:
         err.show()
         status = 1
+    except typer.Exit as err:
+        status = err.exit_code
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, before)
+    leave_stdout()
     sys.exit(status)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Applied:
-    """What `surgery apply` tells of one model, without holding on to it."""
-
-    folder: Path | None
-    document: ModelDocument
-    trainable: int
-    outcome: Verification | None
-
-    def to_mapping(self) -> dict[str, Any]:
-        return {
-            "record": None if self.folder is None else str(self.folder),
-            "trainable": self.trainable,
-            "plan": self.document.to_mapping(),
-            "verification": None if self.outcome is None else self.outcome.to_mapping(),
-        }
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    # A second one ends the process, whatever it was that swallowed the first.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.default_int_handler(number, frame)
 
 
-def _plan(session: Session, target: Target, name: str, *, weights: bool) -> ModelPlan:
-    with progress(f"Loading {name}"):
-        model = load_model(session, target.source(name), weights=weights)
-    with progress(f"Planning {name}"):
-        return session.plan_recipe(model, target.recipe, name)
-
-
-def _apply(name: str, planned: ModelPlan) -> EditedModel:
-    document = planned.document
-    active = [document.active] if isinstance(document.active, str) else document.active or ()
-    edits = list(document.rules.edits) if document.rules is not None else []
-    # Adapters that are active together share their places.
-    edits += {edit.fqn: edit for each in active for edit in document.adapters[each].edits}.values()
-    total = sum(1 + len(edit.aliases) for edit in edits)
-    with progress(f"Applying {name}", total=total) as advance:
-
-        def on_write(_: int, target: object) -> None:
-            if isinstance(target, Slot):
-                advance()
-
-        return planned.apply(on_write=on_write)
-
-
-def _edited(session: Session, target: Target, name: str) -> EditedModel:
-    if name not in target.records:
-        return _apply(name, _plan(session, target, name, weights=True))
-    with progress(f"Loading {name}"):
-        model = load_model(session, target.source(name), weights=True)
-        return session.load(model, target.records[name].folder)
-
-
-def _verified(session: Session, edited: EditedModel, tiers: tuple[Tier, ...]) -> Verification:
-    with progress("Verifying"):
-        return verify_model(edited, session.plugins.probe_inputs(edited.model), tiers=tiers)
-
-
-def _applied(session: Session, target: Target, name: str, folder: Path, *, check: bool) -> _Applied:
-    """Apply a model's part of a recipe, and save it unless it fails to be verified."""
-    edited = _apply(name, _plan(session, target, name, weights=True))
-    outcome = _verified(session, edited, DEFAULT_TIERS) if check else None
-    is_saved = outcome is None or outcome.is_ok
-    if is_saved:
-        with progress(f"Saving {name}"):
-            session.save(edited, folder)
-    return _Applied(
-        folder=folder if is_saved else None,
-        document=edited.plan.document,
-        trainable=sum(parameter.numel() for parameter in edited.added_parameters()),
-        outcome=outcome,
-    )
-
-
-def _print_applied(recipe: str, done: Mapping[str, _Applied], *, as_json: bool) -> None:
+def _print_applied(recipe: str, done: Mapping[str, Applied], *, as_json: bool) -> None:
     if not done:
         return
     if as_json:

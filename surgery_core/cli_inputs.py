@@ -1,19 +1,20 @@
 """What the command line is given: options, variables, models, recipes and records."""
 
-import importlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from surgery_core.documents import SUFFIXES, is_document
+from surgery_core.environment import as_written, hidden
 from surgery_core.errors import OptionsError, listed
-from surgery_core.recipe import ModelRecipe, Recipe, load_recipe, parse_recipe
+from surgery_core.recipe import Recipe, load_recipe, parse_recipe
 from surgery_core.record import RECORD_FILE, Record, read_record
 from surgery_core.session import Session
+from surgery_core.sources import check_allowed, load_source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,10 +24,12 @@ class Target:
     Args:
         recipe: What is asked for.
         records: Records by model, where there are any.
+        typed: Models whose source is not that of a file, but was given on the command line.
     """
 
     recipe: Recipe
     records: dict[str, Record]
+    typed: frozenset[str] = frozenset()
 
     def source(self, name: str) -> str:
         """Return where a model comes from.
@@ -34,16 +37,43 @@ class Target:
         Raises:
             OptionsError: Nobody said.
         """
-        source = self.recipe.models[name].source
-        if source is None:
-            msg = (
-                f"Model {name!r} has no source: expected one in the recipe, or --model "
-                f"{name}=source. Add it."
-            )
-            err = OptionsError(msg)
-            err.add_note(self.recipe.where("models", name))
-            raise err
-        return self.recipe.resolved(source)
+        return self.recipe.resolved(self.recipe.source(name))
+
+    def shown(self, name: str) -> str:
+        """Return the same for people, with variables of the environment named."""
+        return self.recipe.recorded(self.recipe.source(name))
+
+    def with_sources(self, models: Sequence[str]) -> "Target":
+        """Return the same with the sources of models that were given on the command line."""
+        names = frozenset(sources_of(self.recipe, models))
+        return replace(self, recipe=with_sources(self.recipe, models), typed=self.typed | names)
+
+    def check_allowed(self, session: Session, name: str) -> None:
+        """Refuse a source that is code, if only a file asks for it and the session does not allow it.
+
+        Raises:
+            OptionsError: It is one.
+        """
+        with hidden(self.recipe.source(name)):
+            check_allowed(self.source(name), asked_by=self._asked_by(session, name))
+
+    def load(self, session: Session, name: str, *, weights: bool) -> nn.Module:
+        """Load a model.
+
+        Raises:
+            OptionsError: See `load_source`.
+        """
+        asked_by = self._asked_by(session, name)
+        with hidden(self.recipe.source(name)):
+            source = self.source(name)
+            return load_source(session.plugins, source, weights=weights, asked_by=asked_by)
+
+    def _asked_by(self, session: Session, name: str) -> str | None:
+        if session.allow_code or name in self.typed:
+            return None
+        if name in self.records:
+            return f"Record {str(self.records[name].folder)!r}"
+        return self.recipe.where("models", name, "source")
 
 
 def is_recipe(source: str) -> bool:
@@ -72,7 +102,7 @@ def read_target(
     """
     if is_recipe(source):
         recipe = load_recipe(source, variables=pairs(variables, "Variable"))
-        return Target(recipe=with_sources(recipe, models), records={})
+        return Target(recipe=recipe, records={}).with_sources(models)
     if Path(source).is_file():
         msg = (
             f"Source {source!r} is neither a recipe nor a record: expected a folder, or a file with "
@@ -87,7 +117,7 @@ def read_target(
         folders = {ONLY_MODEL: Path(source)}
     records = {name: read_record(folder) for name, folder in folders.items()}
     recipe = parse_recipe({"models": {name: record.recipe for name, record in records.items()}})
-    return Target(recipe=with_sources(recipe, models), records=records)
+    return Target(recipe=recipe, records=records).with_sources(models)
 
 
 ONLY_MODEL = "model"
@@ -113,7 +143,7 @@ def aligned(target: Target, other: Target) -> Target:
     if other.records and not target.records:
         for name, part in models.items():
             if part.source is not None:
-                update = {"source": target.recipe.resolved(part.source)}
+                update = {"source": target.recipe.recorded(part.source)}
                 models[name] = part.model_copy(update=update)
         return Target(recipe=Recipe(models=models), records={})
     return target
@@ -121,57 +151,39 @@ def aligned(target: Target, other: Target) -> Target:
 
 def with_sources(recipe: Recipe, models: Sequence[str]) -> Recipe:
     """Return a recipe whose models have the sources given, as seen from the working directory."""
-    parts: dict[str, ModelRecipe] = dict(recipe.models)
+    sources = sources_of(recipe, models)
+    parts = {
+        name: part.model_copy(update={"source": sources[name]}) if name in sources else part
+        for name, part in recipe.models.items()
+    }
+    return recipe.model_copy(update={"models": parts})
+
+
+def sources_of(recipe: Recipe, models: Sequence[str]) -> dict[str, str]:
+    """Read `name=source`, or a source where there is one model.
+
+    Raises:
+        OptionsError: A text is neither.
+    """
+    found = {}
     for text in models:
         name, sign, source = text.partition("=")
-        if not sign and len(parts) == 1:
-            name, source = next(iter(parts)), text
-        if name not in parts or not source:
+        if not sign and len(recipe.models) == 1:
+            name, source = next(iter(recipe.models)), text
+        if name not in recipe.models or not source:
             msg = (
                 f"Model {text!r} is malformed: expected name=source, the name being one of "
-                f"{listed(parts)}."
+                f"{listed(recipe.models)}."
             )
             raise OptionsError(msg)
-        parts[name] = parts[name].model_copy(update={"source": absolute(source)})
-    return recipe.model_copy(update={"models": parts})
+        found[name] = str(as_written(absolute(source)))
+    return found
 
 
 def absolute(source: str) -> str:
     """Return a source as it is, or as an absolute path if it is one from the working directory."""
     path = Path(source)
     return str(path.resolve()) if source.startswith(".") or path.exists() else source
-
-
-def load_model(session: Session, source: str, *, weights: bool) -> nn.Module:
-    """Build the model a source names.
-
-    Args:
-        session: Its plugins are asked for sources that are not `package.module:factory`.
-        source: What the user wrote.
-        weights: With them; otherwise the model may be on the meta device.
-
-    Raises:
-        OptionsError: Nobody knows the source.
-    """
-    model: object
-    if ":" in source and not Path(source).exists():
-        module_name, _, name = source.partition(":")
-        try:
-            model = getattr(importlib.import_module(module_name), name)()
-        except (ImportError, AttributeError, TypeError, ValueError) as err:
-            msg = f"Source {source!r} cannot be imported: {err}. Write package.module:factory."
-            raise OptionsError(msg) from err
-    elif weights:
-        model = session.plugins.load_model(source)
-    else:
-        model = session.plugins.load_skeleton(source)
-    if not isinstance(model, nn.Module):
-        msg = (
-            f"Source {source!r} gives no model: expected package.module:factory, or a folder that "
-            f"an installed plugin can read, got {model!r}. See `surgery plugins`."
-        )
-        raise OptionsError(msg)
-    return model
 
 
 def options_of(texts: Sequence[str]) -> dict[str, Any]:

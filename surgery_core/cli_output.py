@@ -1,9 +1,13 @@
 """How the command line prints: tables, JSON, progress, and errors with where they come from."""
 
+import atexit
 import json
+import os
+import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from typing import Any, TextIO
 
 import typer
@@ -25,7 +29,8 @@ Advance = Callable[[], None]
 def errors_reported() -> Iterator[None]:
     """Print an error of this package as such, with its notes, and exit with 1; and its warnings.
 
-    So are errors of files that cannot be read or written.
+    So are errors of files that cannot be read or written, and attempts of code that is called, as a
+    plugin's, to end the process. An interrupt is passed on, behind what it interrupted.
     """
     with warnings.catch_warnings():
         before = warnings.showwarning
@@ -53,6 +58,76 @@ def errors_reported() -> Iterator[None]:
             for note in getattr(err, "__notes__", ()):
                 typer.echo(f"  in {note}", err=True)
             raise typer.Exit(1) from None
+        except KeyboardInterrupt as err:
+            typer.echo("\n".join(["Interrupted.", *getattr(err, "__notes__", ())]), err=True)
+            raise
+        except BaseException as err:
+            if isinstance(err, Exception):
+                raise
+            typer.echo(f"error: {_ended(err)}", err=True)
+            raise typer.Exit(1) from None
+
+
+def _ended(err: BaseException) -> str:
+    frame = traceback.extract_tb(err.__traceback__)[-1]
+    return (
+        f"Command was not finished: {frame.name!r} at {frame.filename}:{frame.lineno} ended it with "
+        f"{err!r}. Commands of plugins end with typer.Exit; all else of a plugin, and what makes a "
+        "model, must raise an error instead."
+    )
+
+
+@contextmanager
+def working() -> Iterator[None]:
+    """Report errors, and keep stdout for the result: for everything but printing that."""
+    with errors_reported(), stdout_kept():
+        yield
+
+
+@contextmanager
+def stdout_kept() -> Iterator[None]:
+    """Send to stderr what is printed while this holds, by Python, by C or by other processes."""
+    with ExitStack() as stack:
+        _flush()
+        try:
+            saved = os.dup(_STDOUT)
+        except OSError:
+            # There is none, so nothing can get into it.
+            saved = None
+        if saved is not None:
+            stack.callback(os.close, saved)
+            stack.callback(os.dup2, saved, _STDOUT)
+            _to_stderr()
+        stack.callback(_flush)
+        stack.enter_context(redirect_stdout(sys.stderr))
+        yield
+
+
+def leave_stdout() -> None:
+    """Send to stderr what is printed when the process ends, as by functions of `atexit`."""
+
+    def leave() -> None:
+        _flush()
+        _to_stderr()
+
+    # The last that is registered is called first.
+    atexit.register(leave)
+
+
+_STDOUT, _STDERR = 1, 2
+"""File descriptors."""
+
+
+def _to_stderr() -> None:
+    with suppress(OSError):
+        os.dup2(_STDERR, _STDOUT)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.__stdout__):
+        # It may be closed, or nobody may read it any more.
+        with suppress(AttributeError, OSError, ValueError):
+            stream.flush()  # type: ignore[union-attr]  # None is an AttributeError
 
 
 @contextmanager

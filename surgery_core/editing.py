@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from surgery_core.composing import compose_all
+from surgery_core.environment import hidden
 from surgery_core.errors import DriftError, VariantError, listed
 from surgery_core.model_document import RULES, Choice, ModelDocument
 from surgery_core.operation import BASE, BoundRule, Operation, Saved
@@ -104,7 +105,8 @@ class ModelPlan:
 
         edited = EditedModel(self)
         try:
-            edited.enter(on_any_write)
+            with hidden(self.recipe.model_dump(exclude_defaults=True)):
+                edited.enter(on_any_write)
         except BaseException:
             edited.take_back()
             raise

@@ -2,10 +2,15 @@
 
 import importlib.metadata
 import inspect
+import logging
 import os
+import signal
+import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, cast
 
 import pluggy
@@ -26,6 +31,11 @@ from surgery_core.surgery import Surgery
 
 BLOCK_VARIABLE = "SURGERY_BLOCK_PLUGINS"
 """Environment variable: names of entry points not to load, separated by commas."""
+
+SLOW_SECONDS = 10.0
+"""After which it is said which plugin is being loaded."""
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +148,9 @@ class Plugins:
                 arguments = {"model": model} if implementation.argnames else {}
                 answer = cast("Iterable[object]", implementation.function(**arguments))
                 found += [_checked_diagnostic(value) for value in answer]
-            except Exception as err:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as err:
                 name = implementation.plugin_name
                 msg = f"Plugin {name!r} failed in surgery_preflight: {err!r}."
                 raise PluginError(msg, plugin=name) from err
@@ -170,7 +182,9 @@ class Plugins:
             arguments = {"surgery": surgery} if implementation.argnames else {}
             try:
                 implementation.function(**arguments)
-            except Exception as err:  # noqa: BLE001 (any error of an observer becomes a warning)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as err:  # noqa: BLE001 (whatever an observer does becomes a warning)
                 msg = f"Plugin {implementation.plugin_name!r} failed in {hook}: {err!r}."
                 warnings.warn(msg, SurgeryWarning, stacklevel=4)
 
@@ -180,14 +194,25 @@ class Plugins:
             distribution = _distribution(entry_point)
             if entry_point.name in blocked:
                 continue
-            try:
-                plugin = entry_point.load()
-                if plugin in self._manager.get_plugins():
-                    continue
-                self._check_free(entry_point.name, distribution)
-                self._load(plugin, entry_point.name, distribution)
-            except Exception as err:  # noqa: BLE001 (whatever a plugin's import raises)
-                self._report_broken(entry_point.name, distribution, err)
+            with _interrupts() as is_interrupted, _watched(entry_point.name, distribution):
+                try:
+                    self._discovered(entry_point, distribution)
+                except BaseException as err:  # noqa: BLE001 (whatever a plugin's import raises)
+                    if not (isinstance(err, KeyboardInterrupt) and is_interrupted()):
+                        self._report_broken(entry_point.name, distribution, err)
+            # Also where the plugin made light of it.
+            if is_interrupted():
+                interrupt = KeyboardInterrupt()
+                interrupt.add_note(f"Plugin {_loading(entry_point.name, distribution)}.")
+                raise interrupt
+
+    def _discovered(
+        self, entry_point: importlib.metadata.EntryPoint, distribution: str | None
+    ) -> None:
+        plugin = entry_point.load()
+        if plugin not in self._manager.get_plugins():
+            self._check_free(entry_point.name, distribution)
+            self._load(plugin, entry_point.name, distribution)
 
     def _check_free(self, name: str, distribution: str | None) -> None:
         if self._manager.has_plugin(name):
@@ -198,7 +223,7 @@ class Plugins:
             )
             raise PluginError(msg, plugin=name, distribution=distribution)
 
-    def _report_broken(self, name: str, distribution: str | None, err: Exception) -> None:
+    def _report_broken(self, name: str, distribution: str | None, err: BaseException) -> None:
         error = err
         if not isinstance(err, PluginError):
             msg = f"Plugin {name!r} ({distribution}) could not be imported: {err!r}."
@@ -223,10 +248,13 @@ class Plugins:
             self._check_commands(commands, owner)
             if commands and distribution is not None:
                 _check_listed(name)
-        except Exception as err:
+        except BaseException as err:
             if self._manager.is_registered(plugin):
                 self._manager.unregister(plugin)
-            msg = f"Plugin {owner} breaks the contract: {err}"
+            if isinstance(err, KeyboardInterrupt):
+                raise
+            what = str(err) if isinstance(err, Exception) else f"it raised {err!r}."
+            msg = f"Plugin {owner} breaks the contract: {what}"
             raise PluginError(msg, plugin=name, distribution=distribution) from err
         self._operations.update({operation.name: (operation, owner) for operation in offered})
         self._commands.update({name: (command, owner) for name, command in commands.items()})
@@ -285,6 +313,49 @@ class Plugins:
                 )
                 raise ValueError(msg)
             taken[operation.name] = owner
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Tell whether the user interrupts, which a plugin may swallow, or pretend by raising the same."""
+    noted: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        # Interrupts go to the main thread, or are ignored.
+        yield lambda: False
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(noted)
+    finally:
+        # Unless somebody else's is there now.
+        if signal.getsignal(signal.SIGINT) is note:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _watched(name: str, distribution: str | None) -> Iterator[None]:
+    """Say which plugin is being loaded if that takes long; nothing is stopped."""
+
+    def tell() -> None:
+        _LOGGER.warning("Plugin %s, for %g seconds now", _loading(name, distribution), SLOW_SECONDS)
+
+    timer = threading.Timer(SLOW_SECONDS, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _loading(name: str, distribution: str | None) -> str:
+    return f"{name!r} ({distribution}) is being loaded; {BLOCK_VARIABLE}={name} leaves it out"
 
 
 def _check_listed(name: str) -> None:

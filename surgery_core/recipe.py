@@ -20,12 +20,13 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from surgery_core.documents import Document, Place, describe_place, write_yaml
-from surgery_core.errors import RecipeError, listed
+from surgery_core.environment import REFERENCE, as_written, names_in, put_in
+from surgery_core.errors import OptionsError, RecipeError, listed
 from surgery_core.operation import BASE, Rule
 from surgery_core.recipe_document import (
     EXPECTED,
+    as_in_file,
     did_you_mean,
-    escaped,
     read_recipe_document,
     what_is_wrong,
 )
@@ -70,7 +71,19 @@ def _checked_selectors(value: object) -> str | tuple[str, ...]:
     return tuple(map(_checked_selector, texts))
 
 
+def _checked_plain(text: str) -> str:
+    """Refuse variables of the environment where plans and records show what a value stands for."""
+    if REFERENCE.search(text):
+        msg = (
+            f"expected no variable of the environment here, got {text!r:.80}: plans and records show "
+            "this. Name a variable of the recipe, and give its value with --var"
+        )
+        raise ValueError(msg)
+    return text
+
+
 def _checked_selector(text: str) -> str:
+    _checked_plain(text)
     kind, _, rest = text.partition(":")
     if kind == "class":
         # Whether there is such a class shows when it is imported, not before.
@@ -96,13 +109,14 @@ def _checked_source(source: str) -> str:
 
 _Name = Annotated[str, AfterValidator(_checked_name)]
 _AdapterName = Annotated[str, AfterValidator(_checked_adapter_name)]
+_Plain = Annotated[str, AfterValidator(_checked_plain)]
 _Source = Annotated[str, AfterValidator(_checked_source)]
 # Of a union, pydantic would say what is wrong with each of its parts.
 _Selectors = Annotated[
     str | tuple[str, ...], WrapValidator(lambda value, _handler: _checked_selectors(value))
 ]
 _Choice = Annotated[
-    Annotated[str, Tag("one")] | Annotated[dict[str, float], Tag("several")],
+    Annotated[_Plain, Tag("one")] | Annotated[dict[str, float], Tag("several")],
     # Problems are then those of the one that is meant.
     Discriminator(lambda value: "several" if isinstance(value, dict) else "one"),
 ]
@@ -143,7 +157,7 @@ class RuleRecipe(_Strict):
         optional: The rule may claim nothing, and its exclusion exclude nothing.
     """
 
-    operation: str
+    operation: _Plain
     select: _Selectors | None = None
     exclude: _Selectors | None = None
     options: dict[str, Any] = {}
@@ -151,12 +165,16 @@ class RuleRecipe(_Strict):
     optional: bool = False
 
     def rule(self, *, defaults: Mapping[str, Any] | None = None) -> Rule:
-        """Return the rule this is; `defaults` are options that it does not give."""
+        """Return the rule this is; `defaults` are options that it does not give.
+
+        Raises:
+            RecipeError: A variable of the environment that the options name is not set.
+        """
         return Rule(
             operation=self.operation,
             select=self.select,
             exclude=self.exclude,
-            options={**(defaults or {}), **self.options},
+            options={**(defaults or {}), **put_in(self.options)},
             expect=self.expect,
             optional=self.optional,
         )
@@ -177,7 +195,7 @@ class AdapterRecipe(_Strict):
             path that begins with a dot is relative to the recipe.
     """
 
-    operation: str | None = None
+    operation: _Plain | None = None
     select: _Selectors | None = None
     exclude: _Selectors | None = None
     options: dict[str, Any] = {}
@@ -283,11 +301,42 @@ class Recipe(_Strict):
         """Return `file:line: place` of something in the recipe, for messages."""
         return _said_at(self._document, place)
 
+    def source(self, name: str) -> str:
+        """Return where a model comes from, as the recipe says it.
+
+        Raises:
+            OptionsError: Nobody said.
+        """
+        source = self.models[name].source
+        if source is None:
+            msg = (
+                f"Model {name!r} has no source: expected one in the recipe, or --model "
+                f"{name}=source. Add it."
+            )
+            err = OptionsError(msg)
+            err.add_note(self.where("models", name))
+            raise err
+        return source
+
     def resolved(self, source: str) -> str:
-        """Return a source with a path that begins with a dot or `~` made absolute."""
-        if source.startswith("."):
-            return str((self._folder / source).resolve())
-        return os.path.expanduser(source)  # noqa: PTH111 (the other raises for unknown users)
+        """Return a source to load from: paths that begin with a dot or `~` made absolute.
+
+        Raises:
+            RecipeError: A variable of the environment that it names is not set.
+        """
+        value: str = put_in(source)
+        if value.startswith("."):
+            return str((self._folder / value).resolve())
+        return os.path.expanduser(value)  # noqa: PTH111 (the other raises for unknown users)
+
+    def recorded(self, source: str) -> str:
+        """Return a source to show and to keep: the same, with variables of the environment named."""
+        resolved = self.resolved(source)
+        if not names_in(source):
+            return str(as_written(resolved))
+        if put_in(source).startswith("."):
+            return f"{as_written(str(self._folder.resolve()))}/{source}"
+        return os.path.expanduser(source)  # noqa: PTH111 (same)
 
 
 def load_recipe(
@@ -297,8 +346,9 @@ def load_recipe(
 
     `extends` names one or more recipes to lay this one over, as paths from its own folder: mappings
     are merged, everything else is replaced. `variables` is a mapping of names to values; `${name}`
-    stands for one, also inside text and in variables further down, `${env:NAME}` for the text of an
-    environment variable, and `$$` for a dollar sign.
+    stands for one, also inside text and in variables further down, and `$$` for a dollar sign.
+    `${env:NAME}` stands for the text of an environment variable, in a source or in options; the recipe
+    keeps the name, and the value is read when it is used.
 
     Args:
         path: The file.
@@ -321,17 +371,17 @@ def load_recipe(
 
 
 def parse_recipe(data: object, document: Document | None = None) -> Recipe:
-    """Make a recipe of plain data, in which there are no variables.
+    """Make a recipe of plain data, in which there are no variables but those of the environment.
 
     Args:
         data: What a recipe is, as mappings, lists and scalars.
-        document: Where it stands, for messages.
+        document: Where it was read, for messages.
 
     Raises:
         RecipeError: It is none; every problem is named.
     """
     try:
-        recipe = Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data if document is None else as_written(data))
     except ValidationError as err:
         problems = [_problem(document, dict(found)) for found in err.errors()]
         raise RecipeError("\n".join(problems), problems=problems) from None
@@ -345,11 +395,12 @@ def parse_recipe(data: object, document: Document | None = None) -> Recipe:
 def dump_recipe(recipe: Recipe) -> str:
     """Write a recipe as YAML, with variables and `extends` resolved, and without defaults.
 
-    Reading it gives an equal recipe, and writing that the same text.
+    Variables of the environment are named. Reading it gives an equal recipe, and writing that the
+    same text.
     """
     values = recipe.model_dump(mode="json", exclude_defaults=True)
     # A dollar sign would begin a variable.
-    return write_yaml(escaped(values))
+    return write_yaml(as_in_file(values))
 
 
 _EXPECTED = {

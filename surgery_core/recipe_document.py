@@ -16,10 +16,12 @@ from surgery_core.documents import (
     read_document,
     read_scalar,
 )
+from surgery_core.environment import EnvironmentText, joined, mapped
 from surgery_core.errors import RecipeError, listed
 
 _VARIABLE = re.compile(r"\$\$|\$\{([^{}]*)\}|\$\{")
 _ENVIRONMENT = "env:"
+_NAME = re.compile(r"(\$+\{env:[^{}]*\})")
 
 MAX_EXTENDED = 50
 """More files than any recipe is made of; two that each extend the next twice would double them."""
@@ -36,7 +38,8 @@ def read_recipe_document(path: Path, variables: Mapping[str, str]) -> Document:
         variables: Values for variables that the file has, in place of its own.
 
     Returns:
-        What is left: neither `extends` nor `variables`.
+        What is left: neither `extends` nor `variables`. Text with variables of the environment in it
+        knows how it is written, and shows as that.
 
     Raises:
         RecipeError: A file cannot be read, or names no recipes to extend; or there are variables
@@ -54,11 +57,17 @@ def read_recipe_document(path: Path, variables: Mapping[str, str]) -> Document:
 
 def escaped(value: Any) -> Any:  # noqa: ANN401 (plain data)
     """Return plain data that gives the same once variables are put in."""
-    if isinstance(value, dict):
-        return {key: escaped(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [escaped(item) for item in value]
-    return value.replace("$", "$$") if isinstance(value, str) else value
+    return mapped(value, lambda text: text.replace("$", "$$"))
+
+
+def as_in_file(value: Any) -> Any:  # noqa: ANN401 (plain data)
+    """Return what a recipe's fields hold as its file has it: escaped but for names of `${env:NAME}`."""
+
+    def write(text: str) -> str:
+        pieces = _NAME.split(text)
+        return "".join(piece if i % 2 else escaped(piece) for i, piece in enumerate(pieces))
+
+    return mapped(value, write)
 
 
 def did_you_mean(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
@@ -164,7 +173,11 @@ class _Substitution:
         if whole and whole[1] is not None:
             # Alone, a variable keeps its type.
             return self._value(whole[1], place)
-        return _VARIABLE.sub(lambda found: self._text(found, place), value)
+        pieces, end = [], 0
+        for found in _VARIABLE.finditer(value):
+            pieces += [value[end : found.start()], self._text(found, place)]
+            end = found.end()
+        return joined([*pieces, value[end:]])
 
     def _text(self, found: re.Match[str], place: Place) -> str:
         if found[1] is not None:
@@ -192,7 +205,7 @@ class _Substitution:
         if name != variable:
             if variable not in os.environ:
                 self._note(place, f"no environment variable {variable!r}")
-            return os.environ.get(variable, "")
+            return EnvironmentText([(variable, True)])
         hint = did_you_mean(name, self._values)
         before = " further up" if place[:1] == ("variables",) else ""
         self._note(place, f"no variable {name!r}{before}{hint or ', and $$ is a dollar sign'}")

@@ -236,18 +236,21 @@ def _known_class(path: str) -> type[nn.Module]:
     Text of somebody else's must not import others, since that runs their code.
     """
     module_name, _, name = path.partition(":")
-    try:
-        found = getattr(sys.modules[module_name], name)
-    except KeyError:
+    if module_name not in sys.modules:
         msg = (
             f"Selector 'class:{path}' names a class of {module_name!r}, which is not imported: "
             "expected a module that the model is made of. Write 'class:package.module:ClassName', "
             "or import it first."
         )
-        raise SelectorError(msg) from None
-    except AttributeError as err:
-        msg = f"Selector 'class:{path}' names no class: {err}. Write 'class:package.module:ClassName'."
-        raise SelectorError(msg) from err
+        raise SelectorError(msg)
+    # Not by getattr: some packages import a module of theirs for each name they are asked for.
+    found = vars(sys.modules[module_name]).get(name)
+    if found is None:
+        msg = (
+            f"Selector 'class:{path}' names no class: module {module_name!r} has no attribute "
+            f"{name!r}. Write 'class:package.module:ClassName'."
+        )
+        raise SelectorError(msg)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         msg = f"Selector 'class:{path}' names {found!r}: expected a subclass of torch.nn.Module."
         raise SelectorError(msg)

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import nn
 
 from surgery_core.editing import AdapterPlan, EditedModel, ModelPlan
+from surgery_core.environment import as_written, hidden, put_in
 from surgery_core.errors import ContractError, OptionsError, SurgeryError, listed
 from surgery_core.operation import BoundRule, Rule, Saved
 from surgery_core.plan import check_beneath, check_covered
@@ -16,6 +17,7 @@ from surgery_core.preflight import check_preflight
 from surgery_core.recipe import AdapterRecipe, ModelRecipe, Recipe
 from surgery_core.record import BaseCheck, read_record, rematch, replay, save_record
 from surgery_core.sharded import reshard_
+from surgery_core.sources import load_source
 from surgery_core.surgery import Plan, Surgery
 from surgery_core.swap import SwapState
 
@@ -31,6 +33,8 @@ class Session:
     Args:
         plugins: Modules or objects with hook implementations.
         discover: Also load installed plugins, from the entry-point group `surgery_core`.
+        allow_code: Models may be made by code that recipes and records name, as a source
+            `package.module:factory`; otherwise that is an error.
 
     Raises:
         PluginError: A plugin passed breaks the contract. A broken one that was discovered does
@@ -41,8 +45,36 @@ class Session:
         ()
     """
 
-    def __init__(self, plugins: Iterable[object] = (), *, discover: bool = True) -> None:
+    def __init__(
+        self,
+        plugins: Iterable[object] = (),
+        *,
+        discover: bool = True,
+        allow_code: bool = False,
+    ) -> None:
         self.plugins = Plugins(plugins, discover=discover)
+        self.allow_code = allow_code
+
+    def load_model(
+        self, recipe: Recipe, name: str | None = None, *, weights: bool = True
+    ) -> nn.Module:
+        """Load the model that a recipe is for.
+
+        Args:
+            recipe: Says where the model is.
+            name: Which model; may be left out where there is one.
+            weights: With them; otherwise the model may be on the meta device.
+
+        Raises:
+            OptionsError: The recipe names no source, or one that nobody knows; or a factory, and the
+                session does not allow code.
+        """
+        (_, name) = _place(recipe, name)
+        source = recipe.source(name)
+        asked_by = None if self.allow_code else recipe.where("models", name, "source")
+        with hidden(source):
+            found = recipe.resolved(source)
+            return load_source(self.plugins, found, weights=weights, asked_by=asked_by)
 
     def plan(
         self, model: nn.Module, rules: Sequence[Rule], *, beneath: SwapState | None = None
@@ -87,6 +119,12 @@ class Session:
         whole = recipe if isinstance(recipe, Recipe) else Recipe(models={"model": recipe})
         place = _place(whole, name)
         part = whole.models[place[-1]]
+        with hidden(part.model_dump(exclude_defaults=True)):
+            return self._planned(model, whole, part, place)
+
+    def _planned(
+        self, model: nn.Module, whole: Recipe, part: ModelRecipe, place: tuple[str, str]
+    ) -> ModelPlan:
         check_preflight(self.plugins.preflight(model))
         bound: list[BoundRule] = []
         for number, rule in enumerate(part.rules):
@@ -108,9 +146,9 @@ class Session:
                     # An adapter may contain what a rule changes, but not be part of it.
                     check_beneath(rules[1].claims, plan.claims)
             adapters[adapter_name] = AdapterPlan(rules=own, plan=plan, saved=saved)
-            options = {**given, **adapter.options}
+            options = {**as_written(given), **adapter.options}
             complete[adapter_name] = adapter.model_copy(update={"options": options})
-        source = whole.resolved(part.source) if part.source is not None else None
+        source = whole.recorded(part.source) if part.source is not None else None
         complete_part = part.model_copy(update={"adapters": complete, "source": source})
         return ModelPlan(model, complete_part, rules, adapters)
 
@@ -199,7 +237,8 @@ class Session:
                 f"Adapter {name!r} has several rules: expected one to be exported. Keep the record."
             )
             raise ContractError(msg, fqn="", expected=1, actual=1 + len(others))
-        rule.operation.write_saved(os.fspath(folder), rule.rule.options, modules)
+        with hidden(edited.plan.recipe.adapters[name].options):
+            rule.operation.write_saved(os.fspath(folder), rule.rule.options, modules)
 
     def _saved(self, adapter: AdapterRecipe, recipe: Recipe, model: nn.Module) -> Saved | None:
         """Read what was saved of an adapter, if it has a source."""
@@ -207,7 +246,7 @@ class Session:
             return None
         source = recipe.resolved(adapter.source)
         operation = self.plugins.operation(adapter.operation)
-        saved = operation.read_saved(source, model, adapter.options)
+        saved = operation.read_saved(source, model, put_in(adapter.options))
         if saved is None:
             msg = (
                 f"Operation {adapter.operation!r} cannot read {source!r}: expected a saved adapter "

@@ -28,7 +28,7 @@ def _toys(install, tmp_path, monkeypatch):
     Path("recipe.yaml").write_text(RECIPE)
 
 
-APPLY = ("apply", "recipe.yaml", "--out", "out")
+APPLY = ("apply", "recipe.yaml", "--allow-code", "--out", "out")
 
 
 def test_progress_is_shown_on_a_terminal_only():

@@ -23,7 +23,7 @@ def one_model(source="./net", operation="gate", name="m"):
 
 
 def test_a_plan_is_a_table_for_each_model_and_exits_with_2(tmp_path):
-    result = invoke("plan", "recipe.yaml")
+    result = invoke("plan", "recipe.yaml", "--allow-code")
 
     assert 2 == result.exit_code
     recipe = load_recipe("recipe.yaml")
@@ -37,7 +37,7 @@ def test_a_plan_is_a_table_for_each_model_and_exits_with_2(tmp_path):
 
 
 def test_a_plan_as_json_is_the_same_as_data():
-    result = invoke("plan", "recipe.yaml", "--json")
+    result = invoke("plan", "recipe.yaml", "--allow-code", "--json")
 
     assert 2 == result.exit_code
     recipe = load_recipe("recipe.yaml")
@@ -65,7 +65,9 @@ def test_planning_loads_no_weights():
 
 
 def test_variables_are_given_by_name():
-    result = invoke("plan", "recipe.yaml", "--var", "layers=2..", "--var", "note=a=b")
+    result = invoke(
+        "plan", "recipe.yaml", "--allow-code", "--var", "layers=2..", "--var", "note=a=b"
+    )
 
     assert 2 == result.exit_code
     assert "wide      gate       layers.2.up  Linear" in result.stdout
@@ -171,7 +173,7 @@ def test_a_recipe_that_extends_one_that_is_not_there_says_who_wants_it():
 
 
 def test_apply_verifies_and_keeps_a_record_for_each_model(tmp_path):
-    result = invoke("apply", "recipe.yaml", "--out", "out")
+    result = invoke("apply", "recipe.yaml", "--allow-code", "--out", "out")
 
     assert 0 == result.exit_code, result.output
     assert "Applied 'recipe.yaml'" == result.stdout.splitlines()[0]
@@ -187,13 +189,13 @@ def test_apply_verifies_and_keeps_a_record_for_each_model(tmp_path):
 
 
 def test_apply_as_json_has_the_plan_and_what_was_verified():
-    result = invoke("apply", "recipe.yaml", "--out", "out", "--json")
+    result = invoke("apply", "recipe.yaml", "--allow-code", "--out", "out", "--json")
 
     data = json.loads(result.stdout)["models"]
     assert 0 == result.exit_code
     assert ("out/chat", 5) == (data["chat"]["record"], data["chat"]["trainable"])
     assert data["chat"]["verification"]["is_ok"]
-    planned = json.loads(invoke("plan", "recipe.yaml", "--json").stdout)["models"]
+    planned = json.loads(invoke("plan", "recipe.yaml", "--allow-code", "--json").stdout)["models"]
     assert planned == {name: found["plan"] for name, found in data.items()}
 
 
@@ -254,7 +256,7 @@ def test_a_folder_that_cannot_be_written_is_an_error():
 
 
 def test_verify_checks_what_a_recipe_promises():
-    result = invoke("verify", "recipe.yaml")
+    result = invoke("verify", "recipe.yaml", "--allow-code")
 
     assert 0 == result.exit_code, result.output
     assert "Verified 'recipe.yaml'" == result.stdout.splitlines()[0]

@@ -22,13 +22,15 @@ def _toys(install, tmp_path, monkeypatch):
 @pytest.fixture
 def records():
     """Return a folder with the records of the recipe's models."""
-    assert 0 == invoke("apply", "recipe.yaml", "--out", "records").exit_code
+    assert 0 == invoke("apply", "recipe.yaml", "--allow-code", "--out", "records").exit_code
     return Path("records")
 
 
 def test_verify_replays_records_and_chooses_checks(records):
     one = invoke("verify", records / "chat", "--tier", "structure", "--json")
-    all_of_them = invoke("verify", records, "--tier", "revert", "--tier", "structure", "--json")
+    all_of_them = invoke(
+        "verify", records, "--allow-code", "--tier", "revert", "--tier", "structure", "--json"
+    )
 
     assert (0, 0) == (one.exit_code, all_of_them.exit_code)
     found = json.loads(one.stdout)["models"]
@@ -305,7 +307,7 @@ def test_tensors_that_do_not_fit_are_not_imported(gates):
         ),
         (
             "records/code",
-            [],
+            ["--allow-code"],
             "Operation 'shift' has no format of its own to write to 'exported': expected one. Keep "
             "the record.",
         ),

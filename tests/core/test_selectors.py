@@ -1,5 +1,8 @@
 """Selectors choose FQNs, say what they are, and refuse what is malformed."""
 
+import sys
+import types
+
 import pytest
 import torch
 from core.toys import Net
@@ -222,6 +225,21 @@ def test_a_selector_imports_nothing(tmp_path, monkeypatch):
 
     with pytest.raises(SelectorError, match="'not_imported', which is not imported"):
         parse_selector("class:not_imported:Linear")
+
+
+def test_a_selector_does_not_make_a_module_import_what_it_has_not_yet(monkeypatch):
+    """Packages such as transformers import their modules when a name of theirs is asked for."""
+    lazy = types.ModuleType("lazy")
+    asked = []
+    lazy.__getattr__ = asked.append
+    monkeypatch.setitem(sys.modules, "lazy", lazy)
+
+    with pytest.raises(SelectorError, match="module 'lazy' has no attribute 'Linear'"):
+        parse_selector("class:lazy:Linear")
+
+    assert [] == asked
+    lazy.Linear = nn.Linear
+    assert nn.Linear is parse_selector("class:lazy:Linear").cls
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,10 @@ models:
 """
 
 COMMANDS = {
-    "recipe.yaml": (["plan", "{folder}/recipe.yaml"], ["diff", "{folder}/recipe.yaml", "{valid}"]),
+    "recipe.yaml": (
+        ["plan", "{folder}/recipe.yaml", "--allow-code"],
+        ["diff", "{folder}/recipe.yaml", "{valid}"],
+    ),
     "record": (["show", "{folder}"], ["diff", "{folder}", "{valid}"]),
     "adapter": (["show", "{folder}"],),
     "adapter.bin": (["show", "{folder}", "--json"],),
@@ -74,7 +77,7 @@ def test_damaged_files_are_shown_or_refused(name, record_property):
 def test_the_undamaged_recipe_is_planned(tmp_path):
     (tmp_path / "recipe.yaml").write_bytes(RECIPE)
 
-    assert (2, "") == run(["plan", str(tmp_path / "recipe.yaml")])
+    assert (2, "") == run(["plan", str(tmp_path / "recipe.yaml"), "--allow-code"])
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"[" * 100_000, b"models: {m: 1}"])

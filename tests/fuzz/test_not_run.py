@@ -1,18 +1,23 @@
 """Nothing that is read is executed, and no module is imported because a file names it."""
 
+import importlib
+import json
 import pathlib
 import pickle
+import re
 import sys
 
 import pytest
 import torch
 from fuzz.bombs import Call
 from fuzz.readers import READERS, adapted
+from support.trainable import make_tokenizer
 from surgery_adaption_prompt.sources import load_model, load_skeleton
 from typer.testing import CliRunner
 
-from surgery_core import ModelRecipe, Session, SurgeryError, VariantError, load_recipe
-from surgery_core.cli import app
+from surgery_core import ModelRecipe, Plugins, Session, SurgeryError, VariantError, load_recipe
+from surgery_core.cli import app, run, with_commands
+from surgery_core.hookspecs import COMMANDS_GROUP
 
 PICKLES = {
     "llama_adapter": "adapter.pth",
@@ -115,16 +120,142 @@ def test_a_record_imports_nothing(tmp_path, not_imported):
     assert not not_imported.exists()
 
 
-def test_the_command_line_calls_the_source_of_a_recipe(tmp_path, not_imported):
-    """That is what a source with a colon is for: such a recipe is code."""
+def test_the_command_line_calls_the_source_of_a_recipe_that_it_is_told_to_trust(
+    tmp_path, not_imported
+):
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE % "'**.up'")
 
-    result = CliRunner().invoke(app, ["plan", str(path)])
+    result = CliRunner().invoke(app, ["plan", str(path), "--allow-code"])
 
     assert result.exit_code == 1
     assert "gives no model" in result.stderr
     assert not_imported.exists()
+
+
+def told(*arguments):
+    """Run the command line with the commands of plugins."""
+    commands = with_commands(Plugins(group=COMMANDS_GROUP))
+    return CliRunner().invoke(commands, [*map(str, arguments)])
+
+
+def recorded(folder):
+    """Write a valid record whose model comes from a module."""
+    folder.mkdir()
+    _, folder = written("low_rank_record", folder)
+    path = folder / "surgery.json"
+    data = json.loads(path.read_text())
+    data["recipe"]["source"] = "not_imported:make"
+    path.write_text(json.dumps(data))
+    return folder
+
+
+RUNS = {
+    "plan": ["plan", "recipe.yaml"],
+    "plan as JSON": ["plan", "recipe.yaml", "--json"],
+    "apply": ["apply", "recipe.yaml", "--out", "out"],
+    "verify": ["verify", "recipe.yaml"],
+    "verify a record": ["verify", "record"],
+    "verify records": ["verify", "."],
+    "export": ["export", "record", "--out", "out"],
+    "train": ["train", "recipe.yaml", "training.yaml", "--out", "out"],
+    "generate": ["generate", "recipe.yaml", "--prompt", "x", "--tokenizer", "tokenizer"],
+    "generate with a record": ["generate", "record", "--prompt", "x", "--tokenizer", "tokenizer"],
+    "eval": ["eval", "record", "--data", "data.jsonl", "--tokenizer", "tokenizer"],
+}
+IN_RECIPE = "recipe.yaml:4: models.m.source names 'not_imported:make', which is code: the module "
+IN_RECORD = "Record 'record' names 'not_imported:make', which is code: the module "
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch, not_imported):
+    """Write what commands work with to the working directory, and return what must not be there."""
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    text = "models:\n  m:\n    rules: [{operation: low_rank, select: '**.up'}]\n"
+    pathlib.Path("recipe.yaml").write_text(f"{text}    source: not_imported:make\n")
+    turns = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    pathlib.Path("data.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    pathlib.Path("training.yaml").write_text(
+        "data: {train: data.jsonl}\nmax_steps: 1\ntokenizer: ./tokenizer\n"
+    )
+    make_tokenizer().save_pretrained("tokenizer")
+    recorded(pathlib.Path("record"))
+    return not_imported
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(name, marks=pytest.mark.slow if name == "train" else ()) for name in RUNS],
+)
+def test_code_that_a_file_names_is_run_only_if_it_is_allowed(command, files):
+    refused = told(*RUNS[command])
+
+    assert (1, "") == (refused.exit_code, refused.stdout)
+    problem = [line for line in refused.stderr.splitlines() if "which is code" in line]
+    where = IN_RECORD if "record" in RUNS[command] or "." in RUNS[command] else IN_RECIPE
+    assert 1 == len(problem), refused.stderr
+    assert problem[0].startswith(f"error: {where}")
+    assert "pass --allow-code, or allow_code=True to Session" in problem[0]
+    assert not files.exists()
+    assert not pathlib.Path("out/m").exists()
+
+    allowed = told(*RUNS[command], "--allow-code")
+
+    assert 1 == allowed.exit_code
+    assert "Source 'not_imported:make' gives no model" in allowed.stderr
+    assert files.exists()
+
+
+@pytest.mark.parametrize("arguments", [["show", "record"], ["diff", "recipe.yaml", "record"]])
+def test_what_only_reads_runs_no_code(arguments, files):
+    assert told(*arguments).exit_code in (0, 2)
+    assert not files.exists()
+
+
+def test_a_session_runs_code_that_a_recipe_names_only_if_it_is_allowed(files):
+    recipe = load_recipe("recipe.yaml")
+
+    for weights in (True, False):
+        with pytest.raises(SurgeryError, match=re.escape(IN_RECIPE)):
+            Session().load_model(recipe, weights=weights)
+    assert not files.exists()
+    with pytest.raises(SurgeryError, match="gives no model"):
+        Session(allow_code=True).load_model(recipe)
+    assert files.exists()
+
+
+def test_code_that_is_imported_already_is_not_called(files):
+    """Calling it is running it, too."""
+    module = importlib.import_module("not_imported")
+    module.make = lambda: pytest.fail("was called")
+
+    assert 1 == told("plan", "recipe.yaml").exit_code
+    assert files.exists()
+
+
+def test_variables_are_no_way_around(files, monkeypatch):
+    monkeypatch.setenv("FACTORY", "not_imported:make")
+    text = pathlib.Path("recipe.yaml").read_text()
+    pathlib.Path("recipe.yaml").write_text(text.replace("not_imported:make", "${env:FACTORY}"))
+
+    result = told("plan", "recipe.yaml")
+
+    assert "models.m.source names '${env:FACTORY}', which is code" in result.stderr
+    assert not files.exists()
+
+
+def test_the_working_directory_is_not_looked_at_unless_code_in_it_is_asked_for(monkeypatch, files):
+    """Packages that are installed look for others, which are optional to them."""
+    monkeypatch.setattr(sys, "argv", ["surgery", "plan", "recipe.yaml"])
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(pathlib.Path.cwd())])
+
+    with pytest.raises(SystemExit) as caught:
+        run()
+
+    assert 1 == caught.value.code
+    assert str(pathlib.Path.cwd()) not in sys.path
+    assert not files.exists()
 
 
 def test_a_source_of_ones_own_keeps_that_of_a_recipe_from_being_called(tmp_path, not_imported):
@@ -156,6 +287,31 @@ def test_code_beside_a_model_is_not_run(load, tmp_path, not_imported):
         load(str(tmp_path))
 
     assert not not_imported.exists()
+
+
+@pytest.mark.parametrize("load", [load_skeleton, load_model])
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"_attn_implementation": "someone/kernel"},
+        {"attn_implementation": "someone/kernel@main:forward"},
+        {"attn_implementation": {"": "someone/kernel"}},
+        {"vision_config": {"_attn_implementation": "paged|someone/kernel"}},
+        {"_experts_implementation": "someone/kernel"},
+    ],
+)
+def test_kernels_that_a_configuration_names_are_not_fetched(load, named, tmp_path, monkeypatch):
+    """Where the package `kernels` is installed, transformers would import them."""
+    READERS["llama_adapter"].make().config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **named}))
+    fetched = []
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", fetched.append)
+
+    with pytest.raises(SurgeryError, match=r"asks for code on the hub, '.*someone/kernel"):
+        load(str(tmp_path))
+
+    assert [] == fetched
 
 
 def test_pickled_weights_of_a_model_are_not_run(tmp_path):

@@ -1,13 +1,13 @@
 """Models of transformers by folder, GGUF file or hub identifier: without weights, with them, to call."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from surgery_core import SurgeryError, execution_device, listed
 
@@ -37,6 +37,7 @@ def load_skeleton(source: str) -> nn.Module | None:
         return None
 
     def build() -> nn.Module:
+        _check_kernels(*where)
         config = AutoConfig.from_pretrained(where[0], **where[1])
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
@@ -62,6 +63,7 @@ def load_model(source: str) -> nn.Module | None:
         return None
 
     def load() -> nn.Module:
+        _check_kernels(*where)
         # The types know of no report. Mismatches are in it instead of an error that names none.
         options = {"ignore_mismatched_sizes": True, "output_loading_info": True, **where[1]}
         found: Any = AutoModelForCausalLM.from_pretrained(where[0], dtype="auto", **options)
@@ -126,6 +128,32 @@ def _where(source: str) -> tuple[str, dict[str, Any]] | None:
     if not path.exists() and _IDENTIFIER.fullmatch(source):
         return source, dict(_OPTIONS)
     return None
+
+
+def _check_kernels(place: str, options: Mapping[str, Any]) -> None:
+    """Refuse a configuration that has transformers fetch code from the hub, and import it."""
+    if "gguf_file" in options:
+        # It has nothing of the kind.
+        return
+    config, _ = PreTrainedConfig.get_config_dict(place, **options)
+    kernels = sorted(set(_kernels(config)))
+    if kernels:
+        msg = (
+            f"its configuration asks for code on the hub, {listed(kernels)}, which would be imported; "
+            "take `attn_implementation` and its like out of config.json, and choose one when you load "
+            "the model yourself"
+        )
+        raise ValueError(msg)
+
+
+def _kernels(config: Mapping[str, Any], *, is_named: bool = False) -> Iterator[str]:
+    """Yield implementations in a configuration, or in one inside it, that are repositories."""
+    for key, value in config.items():
+        is_one = is_named or key.endswith("_implementation")
+        if isinstance(value, Mapping):
+            yield from _kernels(value, is_named=is_one)
+        elif is_one and isinstance(value, str) and "/" in value:
+            yield value
 
 
 def _tried(source: str, call: Callable[[], nn.Module]) -> nn.Module:

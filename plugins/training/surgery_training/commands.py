@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from surgery_core import OptionsError, Session
-from surgery_core.cli_inputs import is_recipe, load_model
-from surgery_core.cli_output import Advance, print_json, print_table, progress
+from surgery_core.cli_inputs import is_recipe
+from surgery_core.cli_output import Advance, print_json, print_table, progress, stdout_kept
 from surgery_training.folder import CURVES_FILE, RUN_FILE, RunFolder
 from surgery_training.settings import Template, load_training_settings
 
@@ -35,6 +35,10 @@ TemplateName = Annotated[
 ]
 TokenizerName = Annotated[
     str | None, typer.Option(help="Folder of the tokenizer, if it is not the model's.")
+]
+AllowCode = Annotated[
+    bool,
+    typer.Option("--allow-code", help="Import and call package.module:factory if a file names it."),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="How many at a time.")]
 
@@ -80,6 +84,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")
     ] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Train an adapter of a recipe, and keep a record of it. Exit status: 0, or 1 on an error."""
     if not is_recipe(recipe):
@@ -94,11 +99,14 @@ def train(
     from surgery_training.run import train as run  # noqa: PLC0415 (same)
 
     target, name = read_one(recipe, variables=var or [], model=model)
+    with stdout_kept():
+        session = Session(allow_code=allow_code or name in target.typed)
     with ExitStack() as stack:
         outcome = run(
             target.recipe,
             settings,
             out,
+            session=session,
             model=name,
             adapter=adapter,
             resume=resume,
@@ -133,11 +141,13 @@ def generate(
     base: Annotated[
         bool, typer.Option("--base", help="Answer with the model as it is without the recipe.")
     ] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Print the answer to each prompt, a line or more for each. Exit status: 0, or 1 on an error."""
     from surgery_training.inference import answers  # noqa: PLC0415 (takes seconds)
 
-    with _opened(source, var, model, adapter, template, tokenizer) as (edited, encoder):
+    named = _Named(source, var, model, adapter, template, tokenizer)
+    with stdout_kept(), _opened(named, allow_code=allow_code) as (edited, encoder):
         prompts = [encoder.prompt([{"role": "user", "content": text}]) for text in prompt]
         if base:
             with edited.paused() as before:
@@ -159,6 +169,7 @@ def evaluate(
     template: TemplateName = None,
     tokenizer: TokenizerName = None,
     *,
+    allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Measure base and adapted model on examples: loss, exact match. Exit status: 0, or 1 on an error."""
@@ -166,7 +177,8 @@ def evaluate(
     from surgery_training.inference import score  # noqa: PLC0415 (takes seconds)
 
     dialogues = read_dialogues(data)[:limit]
-    with _opened(source, var, model, adapter, template, tokenizer) as (edited, encoder):
+    named = _Named(source, var, model, adapter, template, tokenizer)
+    with stdout_kept(), _opened(named, allow_code=allow_code) as (edited, encoder):
         # As long as they are: nothing is kept for a backward.
         examples = encode_all(encoder, dialogues, max_length=2**31, too_long="refuse")
         with progress("Measuring the base"), edited.paused() as before:
@@ -188,34 +200,38 @@ def evaluate(
     print_table(f"Measured on {data!r}", ("model", "loss", "exact match", "share"), rows)
 
 
+class _Named(NamedTuple):
+    """What `generate` and `eval` work with, as it was given."""
+
+    source: str
+    variables: list[str] | None
+    model: str | None
+    adapter: str | None
+    template: str | None
+    tokenizer: str | None
+
+
 @contextmanager
-def _opened(
-    source: str,
-    variables: list[str] | None,
-    model: str | None,
-    adapter: str | None,
-    template: str | None,
-    tokenizer: str | None,
-) -> Iterator[tuple["EditedModel", "Encoder"]]:
+def _opened(named: _Named, *, allow_code: bool) -> Iterator[tuple["EditedModel", "Encoder"]]:
     """Have a recipe or a record applied to its model for a while, and what makes tokens for it."""
     from surgery_training.examples import Encoder  # noqa: PLC0415 (with the next)
     from surgery_training.loading import (  # noqa: PLC0415 (takes seconds)
-        load_tokenizer,
         read_one,
+        tokenizer_of,
         with_active,
     )
 
-    target, name = read_one(source, variables=variables or [], model=model)
-    trained = (None if is_recipe(source) else RunFolder(Path(source)).read()) or {}
-    place = target.source(name)
+    target, name = read_one(named.source, variables=named.variables or [], model=named.model)
+    session, adapter = Session(allow_code=allow_code), named.adapter
+    target.check_allowed(session, name)
+    trained = (None if is_recipe(named.source) else RunFolder(Path(named.source)).read()) or {}
     settings: dict[str, Any] = trained.get("settings", {})
     encoder = Encoder(
-        load_tokenizer(tokenizer or settings.get("tokenizer") or place),
-        _template(template or settings.get("template", "chat")),
+        tokenizer_of(target, name, named.tokenizer or settings.get("tokenizer")),
+        _template(named.template or settings.get("template", "chat")),
     )
-    session = Session()
     with progress("Loading the model"):
-        loaded = load_model(session, place, weights=True)
+        loaded = target.load(session, name, weights=True)
         if name in target.records:
             edited = session.load(loaded, target.records[name].folder)
             if adapter is not None:

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from surgery_core import OptionsError, Recipe, SurgeryError, listed
-from surgery_core.cli_inputs import Target, read_target, with_sources
+from surgery_core.cli_inputs import Target, read_target
+from surgery_core.environment import hidden
 
 
 def read_one(
@@ -42,8 +43,7 @@ def read_one(
         )
         raise OptionsError(msg)
     if sign:
-        recipe = with_sources(target.recipe, [f"{name}={other}"])
-        target = Target(recipe=recipe, records=target.records)
+        target = target.with_sources([f"{name}={other}"])
     return target, name
 
 
@@ -72,6 +72,21 @@ def with_active(recipe: Recipe, name: str, adapter: str | None) -> tuple[Recipe,
     return recipe.model_copy(update={"models": models}), chosen
 
 
+def tokenizer_of(target: Target, name: str, other: str | None) -> Any:  # noqa: ANN401 (one of many classes)
+    """Load the tokenizer that is beside a model, or another.
+
+    Args:
+        target: Says where the model is.
+        name: Of the model.
+        other: See `load_tokenizer`; None means the model's.
+
+    Raises:
+        OptionsError: There is none.
+    """
+    with hidden(target.recipe.models[name].source):
+        return load_tokenizer(other or target.source(name))
+
+
 def load_tokenizer(source: str) -> Any:  # noqa: ANN401 (one of many classes)
     """Load the tokenizer that is beside a model.
 
@@ -84,7 +99,9 @@ def load_tokenizer(source: str) -> Any:  # noqa: ANN401 (one of many classes)
     path = Path(source)
     try:
         if path.suffix == ".gguf" and path.is_file():
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            return AutoTokenizer.from_pretrained(
+                path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+            )
         return AutoTokenizer.from_pretrained(
             source, local_files_only=path.exists(), trust_remote_code=False
         )

@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import set_seed
 
 from surgery_core import EditedModel, OptionsError, Recipe, Session, listed
-from surgery_core.cli_inputs import Target, load_model
+from surgery_core.cli_inputs import Target
 from surgery_training.collators import Collator, PackingCollator, PaddingCollator, check_packing
 from surgery_training.curves import draw_curves
 from surgery_training.examples import Encoder, Tokens, encode_all, read_dialogues
 from surgery_training.folder import RunFolder, digest
 from surgery_training.history import History
-from surgery_training.loading import cast_, load_tokenizer, with_active
+from surgery_training.loading import cast_, tokenizer_of, with_active
 from surgery_training.settings import TrainingSettings
 from surgery_training.trainer import (
     AdapterTrainer,
@@ -88,7 +87,8 @@ def train(
         recipe: What is added to the model.
         settings: How to train.
         out: Folder for the record, `training.json`, `curves.svg` and checkpoints.
-        session: Its plugins load the model and offer the operations; None means a new one.
+        session: Its plugins load the model and offer the operations, and it says whether a recipe
+            may name code that makes the model; None means a new one, which does not allow that.
         model: Name of the recipe's model; may be left out where there is one.
         adapter: Name of the adapter; None means the active one.
         resume: Go on from the last checkpoint in `out`, or from the beginning where there is none.
@@ -104,14 +104,15 @@ def train(
     folder = RunFolder(out)
     name = next(iter(recipe.models)) if model is None else model
     recipe, chosen = with_active(recipe, name, adapter)
-    source = Target(recipe=recipe, records={}).source(name)
+    target = Target(recipe=recipe, records={})
+    target.check_allowed(session, name)
     if not recipe.models[name].freeze:
         msg = (
             f"Model {name!r} has 'freeze: false': expected a base that is not trained, of which a "
             "record keeps nothing. Leave it out."
         )
         raise OptionsError(msg)
-    encoder = Encoder(load_tokenizer(settings.tokenizer or source), settings.template)
+    encoder = Encoder(tokenizer_of(target, name, settings.tokenizer), settings.template)
     examples, validation, num_truncated = _examples(encoder, settings)
     # Sets up processes that train together, of which the first writes.
     args = arguments(settings, folder.checkpoints)
@@ -122,7 +123,7 @@ def train(
     checkpoint = last_checkpoint(folder.checkpoints) if resume else None
     # First values of what is added.
     set_seed(settings.seed)
-    base = load_model(session, source, weights=True)
+    base = target.load(session, name, weights=True)
     is_cast = settings.dtype is not None and cast_(base, getattr(torch, settings.dtype))
     config: Any = getattr(base, "config", None)
     use_cache = getattr(config, "use_cache", None)
@@ -149,8 +150,9 @@ def train(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         outcome = _kept(trainer, folder, num_truncated)
         if outcome.is_first_process:
-            _save(session, edited, source, folder, is_cast=is_cast)
-            data = _report(identity, name, settings, encoder, outcome)
+            _save(session, edited, target, name, folder, is_cast=is_cast)
+            tokenizer = settings.tokenizer or target.shown(name)
+            data = _report(identity, name, settings, tokenizer, outcome)
             folder.finish(data, draw_curves(outcome.history))
     finally:
         if use_cache is not None:
@@ -257,7 +259,13 @@ def _kept(trainer: AdapterTrainer, folder: RunFolder, num_truncated: int) -> Out
 
 
 def _save(
-    session: Session, edited: EditedModel, source: str, folder: RunFolder, *, is_cast: bool
+    session: Session,
+    edited: EditedModel,
+    target: Target,
+    name: str,
+    folder: RunFolder,
+    *,
+    is_cast: bool,
 ) -> None:
     """Write the record; it is of the model as it is saved, whatever it was cast to meanwhile."""
     if not is_cast:
@@ -265,7 +273,7 @@ def _save(
         return
     staging = folder.checkpoints / ".final"
     session.save(edited, staging)
-    fresh: nn.Module = load_model(session, source, weights=True)
+    fresh = target.load(session, name, weights=True)
     again = session.load(fresh, staging, on_other_model="rematch")
     session.save(again, folder.path)
     shutil.rmtree(staging)
@@ -275,7 +283,7 @@ def _report(
     identity: Mapping[str, Any],
     name: str,
     settings: TrainingSettings,
-    encoder: Encoder,
+    tokenizer: str,
     outcome: Outcome,
 ) -> Mapping[str, Any]:
     packages = ("surgery-core", "surgery-training", "torch", "transformers", "accelerate")
@@ -285,7 +293,7 @@ def _report(
         "trained": list(outcome.trained),
         "parameters": outcome.num_parameters,
         "settings": settings.model_dump(mode="json"),
-        "tokenizer": encoder.tokenizer.name_or_path,
+        "tokenizer": tokenizer,
         "data": {
             key: {"path": path, "sha256": digest(path)}
             for key, path in settings.data.model_dump().items()
