@@ -15,6 +15,8 @@ from itertools import groupby
 from pathlib import PurePath
 from typing import Any, Self
 
+from pydantic import ValidationError
+
 from surgery_core.errors import RecipeError, SurgeryError
 
 REFERENCE = re.compile(r"(\$+)\{env:([^{}]*)\}")
@@ -124,8 +126,9 @@ def hidden(value: Any) -> Iterator[None]:  # noqa: ANN401 (plain data)
         return
 
     def hide(text: str) -> str:
-        for secret in sorted(values, key=len, reverse=True):
-            text = _replaced(text, secret, values[secret])
+        for replace in (_replaced, _replaced_cut):
+            for secret in sorted(values, key=len, reverse=True):
+                text = replace(text, secret, values[secret])
         return text
 
     problem: Exception
@@ -149,14 +152,19 @@ def hidden(value: Any) -> Iterator[None]:  # noqa: ANN401 (plain data)
 def _without(err: Exception, hide: Callable[[str], str]) -> Exception:
     """Return an error that says no values, and has no cause that does."""
     said = "".join(traceback.format_exception(err))
-    if hide(said) == said:
+    if hide(said) == said and "input_value=" not in said:
         return err
     err.args = mapped(err.args, hide)
     vars(err).update(mapped(vars(err), hide))
-    if hide(str(err)) != str(err):
+    text = str(err)
+    if isinstance(err, ValidationError):
+        # It cuts values in the middle.
+        problems = [(".".join(map(str, found["loc"])), found["msg"]) for found in err.errors()]
+        text = "; ".join(f"{place}: {what}" for place, what in problems)
+    if hide(text) != str(err):
         # Some classes make their text of what they hold.
         notes = getattr(err, "__notes__", ())
-        err = SurgeryError(hide(str(err)))
+        err = SurgeryError(hide(text))
         for note in notes:
             err.add_note(note)
     err.__cause__ = err.__context__ = None
@@ -164,12 +172,18 @@ def _without(err: Exception, hide: Callable[[str], str]) -> Exception:
 
 
 def _replaced(text: str, secret: str, name: str) -> str:
-    """Put a name in the place of a value, however it is written or cut off."""
+    """Put a name in the place of a value, however it is written."""
     for form in sorted(_forms(secret), key=len, reverse=True):
         if len(form) < MIN_LENGTH or (form != secret and "/" not in form):
             text = re.sub(rf"(?<![^\W_]){re.escape(form)}(?![^\W_])", lambda _: name, text)
-            continue
-        text = text.replace(form, name)
+        else:
+            text = text.replace(form, name)
+    return text
+
+
+def _replaced_cut(text: str, secret: str, name: str) -> str:
+    """Put a name in the place of a long value where a message cuts it off."""
+    for form in sorted(_forms(secret), key=len, reverse=True):
         start = text.find(form[:MIN_PART]) if len(form) > MIN_PART else -1
         while start >= 0:
             pairs = enumerate(zip(text[start:], form, strict=False))

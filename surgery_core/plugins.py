@@ -203,7 +203,7 @@ class Plugins:
             # Also where the plugin made light of it.
             if is_interrupted():
                 interrupt = KeyboardInterrupt()
-                interrupt.add_note(f"Plugin {_loading(entry_point.name, distribution)}.")
+                interrupt.add_note(_said(entry_point.name, distribution, "was being loaded"))
                 raise interrupt
 
     def _discovered(
@@ -343,7 +343,8 @@ def _watched(name: str, distribution: str | None) -> Iterator[None]:
     """Say which plugin is being loaded if that takes long; nothing is stopped."""
 
     def tell() -> None:
-        _LOGGER.warning("Plugin %s, for %g seconds now", _loading(name, distribution), SLOW_SECONDS)
+        what = f"has been loading for {SLOW_SECONDS:g} seconds"
+        _LOGGER.warning("%s", _said(name, distribution, what))
 
     timer = threading.Timer(SLOW_SECONDS, tell)
     timer.daemon = True
@@ -354,8 +355,8 @@ def _watched(name: str, distribution: str | None) -> Iterator[None]:
         timer.cancel()
 
 
-def _loading(name: str, distribution: str | None) -> str:
-    return f"{name!r} ({distribution}) is being loaded; {BLOCK_VARIABLE}={name} leaves it out"
+def _said(name: str, distribution: str | None, what: str) -> str:
+    return f"Plugin {name!r} ({distribution}) {what}. Set {BLOCK_VARIABLE}={name} to leave it out."
 
 
 def _check_listed(name: str) -> None:
