@@ -7,6 +7,7 @@ from typing import Any
 from surgery_core.cli_inputs import Target
 from surgery_core.cli_output import progress
 from surgery_core.editing import EditedModel, ModelPlan
+from surgery_core.environment import hidden
 from surgery_core.model_document import ModelDocument
 from surgery_core.session import Session
 from surgery_core.slots import Slot
@@ -74,7 +75,8 @@ def edited_model(session: Session, target: Target, name: str) -> EditedModel:
 
 def verify_edited(session: Session, edited: EditedModel, tiers: tuple[Tier, ...]) -> Verification:
     """Verify a model with inputs that a plugin knows."""
-    with progress("Verifying"):
+    used = edited.plan.recipe.model_dump(exclude_defaults=True)
+    with progress("Verifying"), hidden(used):
         return verify_model(edited, session.plugins.probe_inputs(edited.model), tiers=tiers)
 
 

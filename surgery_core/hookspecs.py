@@ -1,7 +1,9 @@
 """The contract with plugins: every hook the core calls, when, and what an answer means.
 
 An implementation names the arguments it wants, and must not give them defaults: pluggy never
-passes an argument that has one, so such a plugin is refused when it is loaded.
+passes an argument that has one, so such a plugin is refused when it is loaded. What a hook prints
+while the command line runs goes to stderr, since stdout is for results; one that ends the process is
+an error.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -53,8 +55,8 @@ def surgery_commands() -> Mapping[str, Command]:  # type: ignore[empty-body]
     commands. What takes long to import must be imported when a command runs, not when it is offered.
     A name that the core or another plugin has too is an error that names both. An exception makes the
     plugin a broken one: reported, not fatal. A command ends with `typer.Exit`, or by returning; a
-    `SurgeryError` is printed with its notes, and the exit status is 1. The order between plugins does
-    not matter.
+    `SurgeryError` is printed with its notes, and the exit status is 1; so it is after `sys.exit`. The
+    order between plugins does not matter.
     """
 
 

@@ -214,3 +214,34 @@ def test_a_process_that_is_killed_is_resumed_to_the_same_values(
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     assert any(bool(tensor.any()) for name, tensor in one.items() if name.endswith("lora_B"))
     record_property("processes killed with SIGKILL", {f"training, {place}": {"killed": 1}})
+
+
+def test_a_source_from_the_environment_is_in_no_file_and_no_message(tmp_path, monkeypatch):
+    files = write_task(tmp_path, "low_rank", max_steps=2, batch_size=2)
+    (tmp_path / "llama").rename(tmp_path / "s3cr3t")
+    monkeypatch.setenv("LLAMA", str(tmp_path / "s3cr3t"))
+    data = json.loads(files[0].read_text())
+    data["models"]["chat"]["source"] = "${env:LLAMA}"
+    files[0].write_text(json.dumps(data))
+    out = tmp_path / "out"
+
+    results = [
+        invoke("train", *files, "--out", out),
+        invoke("generate", out, "--prompt", "say 1", "--max-new-tokens", 2),
+        invoke("eval", out, "--data", tmp_path / "held.jsonl", "--json"),
+        invoke("eval", files[0], "--data", tmp_path / "held.jsonl"),
+    ]
+    monkeypatch.setenv("LLAMA", str(tmp_path / "s3cr3t-not-there"))
+    results += [
+        invoke("train", *files, "--out", tmp_path / "other", status=1),
+        invoke("generate", out, "--prompt", "say 1", status=1),
+        invoke("generate", out, "--prompt", "x", "--tokenizer", tmp_path / "llama", status=1),
+    ]
+
+    assert "${env:LLAMA}" == read_record(out).recipe.source
+    assert "${env:LLAMA}" == json.loads((out / "training.json").read_text())["tokenizer"]
+    assert not any("s3cr3t" in result.output for result in results)
+    assert "'${env:LLAMA}'" in results[4].stderr
+    written = [p for p in out.rglob("*") if p.is_file()]
+    assert written
+    assert not any(b"s3cr3t" in path.read_bytes() for path in written)
