@@ -254,6 +254,19 @@ def test_whatever_stands_around_a_name_is_read_as_it_was(pieces, monkeypatch):
     assert ({"B"} if None in pieces else set()) == names_in(as_written(text))
 
 
+def test_what_an_error_holds_is_hidden_too():
+    problem = OptionsError("Something else.")
+    problem.path, problem.rows = Path(f"/{SECRET}/x"), [{"a": (SECRET, 1)}]
+    problem.add_note(SECRET)
+
+    with pytest.raises(OptionsError) as caught, hidden("${env:TOKEN}"):
+        raise problem
+
+    assert_said(caught.value)
+    assert Path("/${env:TOKEN}/x") == problem.path
+    assert [{"a": ("${env:TOKEN}", 1)}] == problem.rows
+
+
 def raised(text, data):
     """Return what an error says that is raised where values are hidden."""
     with pytest.raises(OptionsError) as caught, hidden(data):

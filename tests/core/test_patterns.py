@@ -268,3 +268,29 @@ def test_a_value_that_is_returned_twice_is_handed_out_twice():
     plan.apply()
 
     assert torch.equal(torch.sin(example()) + 1, plan.model(example()))
+
+
+class Scaled(nn.Module):
+    """Multiplies by a tensor of its own."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x):
+        return torch.sin(x) * self.scale
+
+
+def test_tensors_of_a_pattern_match_those_of_the_same_type():
+    class Buffered(Scaled):
+        def __init__(self):
+            nn.Module.__init__(self)
+            self.register_buffer("scale", torch.full((4,), 3.0))
+
+    model = symbolic_trace(Scaled(nn.Parameter(torch.ones(4))))
+
+    (match,) = find_pattern(model, Scaled(nn.Parameter(torch.zeros(1))))
+
+    # The new module does not get it: the operation finds where it is.
+    assert ["scale"] == [node.target for node in match.inside if node.op == "get_attr"]
+    assert [] == find_pattern(model, Buffered())

@@ -16,7 +16,7 @@ from core.toys import Net
 from typer.testing import CliRunner
 
 from surgery_core import PluginError, Plugins, Rule, Session, SurgeryWarning, plugins
-from surgery_core.cli import app
+from surgery_core.cli import app, run
 
 LEAVING = {
     "sys.exit()": "import sys\nsys.exit()",
@@ -305,6 +305,58 @@ def test_an_interrupt_ends_a_command_and_names_the_plugin_that_hangs(how, presse
     else:
         # As a shell sees it, 130 as well.
         assert -signal.SIGINT == process.returncode
+
+
+PRESSED = "import signal\nsignal.raise_signal(signal.SIGINT)"
+
+
+@pytest.mark.parametrize(
+    "source", [PRESSED, f"try:\n    {PRESSED.replace(chr(10), '; ')}\nexcept BaseException: pass"]
+)
+def test_an_interrupt_of_the_user_is_none_that_a_plugin_raises(
+    source, install, monkeypatch, capsys
+):
+    """And one that the plugin swallowed counts."""
+    install("pressed", source)
+    before = signal.getsignal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        Plugins()
+    sys.modules.pop("module_of_pressed", None)
+    monkeypatch.setattr(sys, "argv", ["surgery", "plugins"])
+    with pytest.raises(SystemExit) as left:
+        run()
+
+    (note,) = caught.value.__notes__
+    assert note.startswith("Plugin 'pressed' (pressed 1.0) was being loaded. Set ")
+    assert 130 == left.value.code
+    assert f"Interrupted.\n{note}\n" == capsys.readouterr().err
+    assert before is signal.getsignal(signal.SIGINT)
+
+
+def test_interrupts_are_passed_on_by_hooks(install):
+    install("toy", OFFERS_GATE)
+    for hook, argument in (("surgery_preflight", "model"), ("surgery_applied", "surgery")):
+        body = IN_A_HOOK.format(body="raise KeyboardInterrupt", hook=hook, arguments=argument)
+        install(hook, body)
+        session = Session()
+
+        with pytest.raises(KeyboardInterrupt):
+            session.plan(Net(), [Rule(operation="gate")]).apply()
+        os.environ["SURGERY_BLOCK_PLUGINS"] += f",{hook}"
+
+
+def test_without_a_descriptor_prints_are_kept_from_stdout_as_well(install, monkeypatch):
+    def refuse(_number):
+        raise OSError
+
+    monkeypatch.setattr(os, "dup", refuse)
+    install("loud", "print('loud')\n" + OFFERS_GATE)
+
+    result = CliRunner().invoke(app, ["plugins", "--json"])
+
+    assert ["loud"] == [info["name"] for info in json.loads(result.stdout)]
+    assert "loud\n" == result.stderr
 
 
 def test_which_plugin_is_being_loaded_is_said_when_it_takes_long(install, monkeypatch, caplog):
