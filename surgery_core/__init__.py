@@ -1,6 +1,6 @@
 """Plan, apply and revert changes to the modules of a PyTorch model, with operations from plugins."""
 
-from surgery_core.atomic import write_files
+from surgery_core.atomic import write_files, write_folders
 from surgery_core.carry import CarryOver
 from surgery_core.composing import WeightedSum, composed_names, finite_weights, modules_of
 from surgery_core.editing import EditedModel, ModelPlan
@@ -33,6 +33,7 @@ from surgery_core.fx import (
 )
 from surgery_core.hookspecs import hookimpl
 from surgery_core.model_document import ModelDocument
+from surgery_core.names import can_name_folder, name_problem
 from surgery_core.operation import (
     BASE,
     BoundRule,
@@ -53,6 +54,7 @@ from surgery_core.plugins import PluginInfo, Plugins
 from surgery_core.preflight import Diagnostic, check_preflight, diagnose, execution_device
 from surgery_core.recipe import ModelRecipe, Recipe, dump_recipe, load_recipe
 from surgery_core.record import Record, read_record
+from surgery_core.regular import read_text
 from surgery_core.selectors import (
     Exact,
     Glob,
@@ -88,6 +90,14 @@ from surgery_core.shown import Shown, format_table
 from surgery_core.slots import Site, Slot, SlotIndex
 from surgery_core.surgery import Plan, Replacement, Surgery
 from surgery_core.swap import Loans, SwapState
+from surgery_core.tensor_files import (
+    TensorFile,
+    file_stamp,
+    pack_tensors,
+    read_tensor_file,
+    read_tensor_header,
+    tensor_files,
+)
 from surgery_core.tensors import load_tensors_
 from surgery_core.transaction import OnWrite, Transaction, passing_places
 from surgery_core.verify import Check, Verification, verify
@@ -156,6 +166,7 @@ __all__ = [
     "SurgeryError",
     "SurgeryWarning",
     "SwapState",
+    "TensorFile",
     "TensorSpec",
     "Transaction",
     "Tree",
@@ -166,6 +177,7 @@ __all__ = [
     "WeightedSum",
     "WeightedVariant",
     "Where",
+    "can_name_folder",
     "check_forward",
     "check_linear",
     "check_preflight",
@@ -174,6 +186,7 @@ __all__ = [
     "dispatch_again",
     "dump_recipe",
     "execution_device",
+    "file_stamp",
     "find_pattern",
     "fingerprint",
     "finite_weights",
@@ -189,10 +202,15 @@ __all__ = [
     "load_tensors_",
     "make_overlay",
     "modules_of",
+    "name_problem",
     "one_writer",
+    "pack_tensors",
     "parse_selector",
     "passing_places",
     "read_record",
+    "read_tensor_file",
+    "read_tensor_header",
+    "read_text",
     "repeats_of",
     "replacement_device",
     "replicate_",
@@ -200,10 +218,12 @@ __all__ = [
     "reshard_",
     "rows_at",
     "select",
+    "tensor_files",
     "verify",
     "weights_of",
     "whole_module",
     "whole_tensor",
     "whole_tensors",
     "write_files",
+    "write_folders",
 ]

@@ -38,7 +38,7 @@ from surgery_core.operation import Rule
 from surgery_core.plugins import Plugins
 from surgery_core.recipe import parse_recipe
 from surgery_core.recipe_schema import recipe_schema
-from surgery_core.record import RECORD_FILE, read_record, show_record
+from surgery_core.record import TENSORS_FILE, is_record, read_record, show_record
 from surgery_core.session import Session
 from surgery_core.shown import Shown
 from surgery_core.sources import load_source
@@ -246,7 +246,7 @@ def show(
     """Show what is saved, without a model. Exit status: 0, or 1 on an error."""
     with working():
         folders = record_folders(source)
-        if (Path(source) / RECORD_FILE).is_file():
+        if is_record(source):
             found = [show_record(read_record(source))]
         elif folders:
             found = [show_record(read_record(folder)) for folder in folders.values()]
@@ -335,7 +335,7 @@ def export(
         session = Session(allow_code=allow_code)
         target = read_target(record, models=model or [])
         if len(target.records) != 1:
-            msg = f"Source {record!r} is no record: expected a folder with {RECORD_FILE!r}."
+            msg = f"Source {record!r} is no record: expected a folder with {TENSORS_FILE!r}."
             raise RecordError(msg)
         (name,) = target.records
         adapters = list(target.recipe.models[name].adapters)

@@ -12,7 +12,7 @@ from surgery_core.documents import SUFFIXES, is_document
 from surgery_core.environment import as_written, hidden
 from surgery_core.errors import OptionsError, listed
 from surgery_core.recipe import Recipe, load_recipe, parse_recipe
-from surgery_core.record import RECORD_FILE, Record, read_record
+from surgery_core.record import Record, is_record, read_record
 from surgery_core.session import Session
 from surgery_core.sources import check_allowed, load_source
 
@@ -83,8 +83,8 @@ def is_recipe(source: str) -> bool:
 
 def record_folders(source: str) -> dict[str, Path]:
     """Return the folders with a record in a folder, by their names, sorted."""
-    paths = sorted(Path(source).glob("*/" + RECORD_FILE))
-    return {path.parent.name: path.parent for path in paths if path.parent.name[0] != "."}
+    found = sorted(path for path in Path(source).glob("*/") if is_record(path))
+    return {path.name: path for path in found if not path.name.startswith(".")}
 
 
 def read_target(
@@ -113,7 +113,7 @@ def read_target(
         msg = f"Variables are for recipes: expected none for the record {source!r}. Leave them out."
         raise OptionsError(msg)
     folders = record_folders(source)
-    if (Path(source) / RECORD_FILE).is_file() or not folders:
+    if is_record(source) or not folders:
         folders = {ONLY_MODEL: Path(source)}
     records = {name: read_record(folder) for name, folder in folders.items()}
     recipe = parse_recipe({"models": {name: record.recipe for name, record in records.items()}})

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from surgery_core.errors import RecipeError, listed
+from surgery_core.regular import read_text
 
 Place = tuple[str | int, ...]
 """The way from the top of a document to a value: keys of mappings, and places in lists."""
@@ -73,7 +74,7 @@ def read_document(path: Path) -> Document:
         raise RecipeError(msg)
     try:
         # Some editors begin a file with a byte-order mark.
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, encoding="utf-8-sig")
     except (OSError, ValueError) as err:
         msg = f"File {str(path)!r} cannot be read: {err}. Pass a file of text."
         raise RecipeError(msg) from err

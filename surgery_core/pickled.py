@@ -6,13 +6,13 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO
 
 import torch
 from torch import Tensor
 
 from surgery_core.errors import SurgeryError, listed
+from surgery_core.regular import open_regular
 
 _NEEDED = re.compile(
     r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor_v2|parameter)"
@@ -50,8 +50,11 @@ def load_pickled(path: str | os.PathLike[str], *, subject: str) -> dict[str, Ten
         {'gate': tensor([1., 1.])}
     """
     try:
-        _check(Path(path))
-        found = torch.load(Path(path), map_location="cpu", weights_only=True)
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            _check(file, size)
+            file.seek(0)
+            found = torch.load(file, map_location="cpu", weights_only=True)
     # Whatever torch's unpickler makes of a damaged file; it documents no set of errors.
     except Exception as err:
         msg = (
@@ -76,7 +79,6 @@ def load_pickled(path: str | os.PathLike[str], *, subject: str) -> dict[str, Ten
             f"{listed(sorted(strange, key=repr))}. Save its tensors alone."
         )
         raise SurgeryError(msg)
-    size = Path(path).stat().st_size
     large = sorted(
         name for name, tensor in found.items() if tensor.numel() * tensor.itemsize > size
     )
@@ -90,27 +92,26 @@ def load_pickled(path: str | os.PathLike[str], *, subject: str) -> dict[str, Ten
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
-def _check(path: Path) -> None:
+def _check(file: IO[bytes], size: int) -> None:
     """Refuse what torch would read and tensors do not need.
 
     Raises:
         UnpicklingError: The file unpacks to more than itself, or makes other things than tensors.
     """
-    with path.open("rb") as file:
-        # As torch tells them apart, so that both look at the same.
-        if file.read(len(_ARCHIVE)) != _ARCHIVE:
-            file.seek(0)
-            for _ in range(_NUM_LEGACY):
-                _check_globals(file)
-            return
-    with zipfile.ZipFile(path) as archive:
-        if sum(info.file_size for info in archive.infolist()) > path.stat().st_size:
+    # As torch tells them apart, so that both look at the same.
+    if file.read(len(_ARCHIVE)) != _ARCHIVE:
+        file.seek(0)
+        for _ in range(_NUM_LEGACY):
+            _check_globals(file)
+        return
+    with zipfile.ZipFile(file) as archive:
+        if sum(info.file_size for info in archive.infolist()) > size:
             msg = "an archive that unpacks to more than its size"
             raise pickle.UnpicklingError(msg)
         for info in archive.infolist():
             if info.filename.endswith("data.pkl"):
-                with archive.open(info) as file:
-                    _check_globals(file)
+                with archive.open(info) as part:
+                    _check_globals(part)
 
 
 def _check_globals(file: IO[bytes]) -> None:

@@ -1,7 +1,7 @@
 """The config file: several models, each with rules, several adapters, and which of them is active."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -22,6 +22,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from surgery_core.documents import Document, Place, describe_place, write_yaml
 from surgery_core.environment import REFERENCE, as_written, names_in, put_in
 from surgery_core.errors import OptionsError, RecipeError, listed
+from surgery_core.names import can_name_folder, name_problem
 from surgery_core.operation import BASE, Rule
 from surgery_core.recipe_document import (
     EXPECTED,
@@ -35,19 +36,19 @@ from surgery_core.selectors import parse_selector
 VERSION = 1
 """Of the format of recipes."""
 
-_NO_NAME = set("/\\:")
-"""Separate folders, and names from keys in records."""
-
 _TAKEN = {"rules": "the model's rules", BASE: "the model without an adapter"}
 """Names that no adapter can have, and what they stand for."""
 
 
 def _checked_name(name: str) -> str:
-    if not name or name.startswith(".") or set(name) & _NO_NAME or not name.isprintable():
+    if not can_name_folder(name):
         msg = (
             "expected a name that a folder can have: not empty, without '/', '\\', ':', control "
             "characters and a dot at its beginning"
         )
+        raise ValueError(msg)
+    if (problem := name_problem(name)) is not None:
+        msg = f"name cannot be saved: {problem}. Choose another"
         raise ValueError(msg)
     return name
 
@@ -143,6 +144,17 @@ def _refuse(model: BaseModel, problems: Sequence[tuple[Place, str]]) -> None:
             for place, what in problems
         ]
         raise ValidationError.from_exception_data(type(model).__name__, details)
+
+
+def _twins(names: Iterable[str], place: Place) -> list[tuple[Place, str]]:
+    """Return what is wrong with names that a disk may take for the same."""
+    known = list(names)
+    found = ((name, name_problem(name, known[:at])) for at, name in enumerate(known))
+    return [
+        ((*place, name), f"name cannot be saved: {problem}. Choose another")
+        for name, problem in found
+        if problem is not None
+    ]
 
 
 class RuleRecipe(_Strict):
@@ -252,6 +264,7 @@ class ModelRecipe(_Strict):
         if not self.rules and not self.adapters:
             problems.append(((), "expected rules or adapters, got neither"))
         names = [self.active] if isinstance(self.active, str) else list(self.active or {})
+        problems += _twins(self.adapters, ("adapters",))
         for name in names:
             if name not in self.adapters:
                 hint = did_you_mean(name, self.adapters)
@@ -288,6 +301,11 @@ class Recipe(_Strict):
     models: dict[_Name, ModelRecipe] = Field(min_length=1)
     _document: Document | None = PrivateAttr(default=None)
     _folder: Path = PrivateAttr(default=Path())
+
+    @model_validator(mode="after")
+    def _has_no_twins(self) -> Self:
+        _refuse(self, _twins(self.models, ("models",)))
+        return self
 
     def __eq__(self, other: object) -> bool:
         # Not of which file it was read.

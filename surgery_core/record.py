@@ -6,27 +6,30 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import nn
 
-from surgery_core.atomic import digest_of, made_folder, naming, sync_folder, write_atomically
+from surgery_core.atomic import write_files
 from surgery_core.editing import EditedModel, ModelPlan
 from surgery_core.errors import RecordError, StateError, SurgeryWarning, listed
 from surgery_core.model_document import RULES
 from surgery_core.plan import Edit, PlanDocument, check_covered, structure
 from surgery_core.recipe import ModelRecipe
+from surgery_core.regular import open_regular, read_text
 from surgery_core.sharded import is_partitioned, one_writer, whole_tensors
 from surgery_core.shown import Shown
+from surgery_core.tensor_files import pack_tensors, unpack_tensors, values_of
 
-RECORD_FILE = "surgery.json"
 TENSORS_FILE = "surgery.safetensors"
+"""The file that is the record."""
+RECORD_FILE = "surgery.json"
+"""Name of the JSON in its header. 0.1.0 wrote it as a file, which names its tensors by a digest."""
 FORMAT = "surgery record"
 VERSION = 2
 
@@ -100,7 +103,7 @@ def save_record(
     """
     found = {name: edited.tensors(name) for name in edited.plan.document.documents}
     state = {
-        f"{name}:{key}": tensor.detach().contiguous().cpu()
+        f"{name}:{key}": tensor
         for name, tensors in found.items()
         for key, tensor in _checked(name, whole_tensors(tensors)).items()
     }
@@ -119,7 +122,7 @@ def save_record(
     used = {
         edit.operation for found in edited.plan.document.documents.values() for edit in found.edits
     }
-    tensors = save(state)
+    values_only = values_of(pack_tensors(state, {}))
     data = {
         "format": FORMAT,
         "version": VERSION,
@@ -128,13 +131,26 @@ def save_record(
         "base": {"structure": base, "values": values},
         "operations": {name: operations.get(name) for name in sorted(used)},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "tensors": {"sha256": hashlib.sha256(tensors).hexdigest(), "bytes": len(tensors)},
+        "tensors": {
+            "sha256": hashlib.sha256(values_only).hexdigest(),
+            "bytes": len(values_only),
+        },
     }
     # Prompts may be whole in processes that have heads of one model.
     held = [*edited.model.parameters(), *(one for own in found.values() for one in own.values())]
     with one_writer(held) as is_writer:
         if is_writer:
-            _write(Path(folder), json.dumps(data, indent=1).encode(), tensors)
+            texts = {RECORD_FILE: json.dumps(data, indent=1)}
+            write_files(folder, {TENSORS_FILE: pack_tensors(state, texts)})
+            # Of a record that 0.1.0 wrote; nobody reads them any more.
+            for name in (RECORD_FILE, PENDING_FILE):
+                with suppress(OSError):
+                    (Path(folder) / name).unlink()
+
+
+def is_record(folder: str | os.PathLike[str]) -> bool:
+    """Tell whether a folder has a record in it, of whatever version; it may be damaged."""
+    return any((Path(folder) / name).is_file() for name in (TENSORS_FILE, RECORD_FILE))
 
 
 def read_record(folder: str | os.PathLike[str]) -> Record:
@@ -143,9 +159,10 @@ def read_record(folder: str | os.PathLike[str]) -> Record:
     Raises:
         RecordError: There is none, it is damaged, or of a later version.
     """
-    path = Path(folder) / RECORD_FILE
+    found = _in_one_file(Path(folder))
+    path = Path(folder) / (RECORD_FILE if found is None else TENSORS_FILE)
     try:
-        data = _migrated(path, json.loads(path.read_text(encoding="utf-8")))
+        data = _migrated(path, json.loads(read_text(path) if found is None else found.text))
         recipe = ModelRecipe.model_validate(data["recipe"])
         plans = {name: PlanDocument.from_mapping(found) for name, found in data["plans"].items()}
         base = tuple(map(str, data["base"]["structure"]))
@@ -155,20 +172,21 @@ def read_record(folder: str | os.PathLike[str]) -> Record:
         _check_names(recipe, plans)
     except (FileNotFoundError, NotADirectoryError) as err:
         msg = (
-            f"Folder {os.fspath(folder)!r} has no record: expected {RECORD_FILE!r} in it. Pass a "
+            f"Folder {os.fspath(folder)!r} has no record: expected {TENSORS_FILE!r} in it. Pass a "
             "folder that a record was saved to."
         )
         raise RecordError(msg) from err
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         detail = err.errors()[0]["msg"] if isinstance(err, ValidationError) else repr(err)
-        msg = f"Record {str(path)!r} is damaged: expected what save_record writes, got {detail}."
-        raise RecordError(msg) from err
+        raise _damaged(path, detail) from err
+    if found is not None and found.digest != digest:
+        raise _damaged(path, f"values with SHA-256 {found.digest}, not {digest}")
+    tensors = _tensors_of_old(Path(folder), digest) if found is None else found.tensors
     state: dict[str, dict[str, torch.Tensor]] = {name: {} for name in plans}
-    for key, tensor in _tensors(Path(folder), digest).items():
+    for key, tensor in tensors.items():
         name, sign, own = key.partition(":")
         if not sign or name not in state:
-            msg = f"Record {str(path)!r} is damaged: expected no tensor {key!r}."
-            raise RecordError(msg)
+            raise _damaged(path, f"a tensor {key!r}")
         state[name][own] = tensor
     return Record(
         folder=Path(folder),
@@ -323,59 +341,62 @@ def _checked(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return tensors
 
 
-def _write(folder: Path, record: bytes, tensors: bytes) -> None:
-    with made_folder(folder):
-        _finish(folder)
-        # The record names its tensors by their digest. Those of the new record wait under another
-        # name until the record is there, so that at no moment a record is without its own.
-        try:
-            write_atomically(_pending(folder), tensors)
-            write_atomically(folder / RECORD_FILE, record)
-        except BaseException:
-            if not _is_awaited(folder):
-                _pending(folder).unlink(missing_ok=True)
-            raise
-        _finish(folder)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OneFile:
+    """A record as it is written now: its JSON is in the header of its tensors."""
+
+    text: str
+    tensors: Mapping[str, torch.Tensor]
+    digest: str
 
 
-def _pending(folder: Path) -> Path:
-    return folder / f"{TENSORS_FILE}.new"
+def _in_one_file(folder: Path) -> _OneFile | None:
+    """Read a record; None if there is none, or one that 0.1.0 wrote.
 
-
-def _finish(folder: Path) -> None:
-    """Put the tensors of a record in their place, also if a save was cut off just before that."""
-    if _is_awaited(folder):
-        with naming(folder / TENSORS_FILE):
-            _pending(folder).replace(folder / TENSORS_FILE)
-            sync_folder(folder)
-
-
-def _is_awaited(folder: Path) -> bool:
-    """Tell whether there are tensors under the other name that belong to the record."""
-    if not _pending(folder).exists():
-        return False
+    Raises:
+        RecordError: It is damaged.
+    """
+    path = folder / TENSORS_FILE
     try:
-        digest = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["tensors"]["sha256"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        # Then they belong to no record.
-        return False
-    return bool(digest_of(_pending(folder)) == digest)
+        with open_regular(path) as file:
+            data = file.read()
+        tensors, texts = unpack_tensors(data)
+    except (OSError, ValueError) as err:
+        if (folder / RECORD_FILE).exists() or not path.exists():
+            return None
+        raise _damaged(path, repr(err)) from err
+    if RECORD_FILE not in texts:
+        return None
+    digest = hashlib.sha256(values_of(data)).hexdigest()
+    return _OneFile(text=texts[RECORD_FILE], tensors=tensors, digest=digest)
 
 
-def _tensors(folder: Path, digest: str) -> dict[str, torch.Tensor]:
-    """Read the tensors that belong to a record, also if the process died when they were in place."""
-    for path in (folder / TENSORS_FILE, _pending(folder)):
-        if path.is_file() and digest_of(path) == digest:
-            try:
-                return load_file(path)
-            except (OSError, SafetensorError) as err:
-                msg = f"Record {str(path)!r} is damaged: {err}. Save it again."
-                raise RecordError(msg) from err
+PENDING_FILE = f"{TENSORS_FILE}.new"
+"""Where 0.1.0 had the tensors of a record until the record was there."""
+
+
+def _tensors_of_old(folder: Path, digest: str) -> dict[str, torch.Tensor]:
+    """Read the tensors of a record that 0.1.0 wrote, also if it died before they were in place."""
+    for path in (folder / TENSORS_FILE, folder / PENDING_FILE):
+        try:
+            with open_regular(path) as file:
+                data = file.read()
+            if hashlib.sha256(data).hexdigest() == digest:
+                return unpack_tensors(data)[0]
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as err:
+            raise _damaged(path, repr(err)) from err
     msg = (
         f"Record {str(folder)!r} has no tensors of its own: expected a file {TENSORS_FILE!r} with "
         f"SHA-256 {digest}. Restore it, or save the record again."
     )
     raise RecordError(msg)
+
+
+def _damaged(path: Path, detail: str) -> RecordError:
+    msg = f"Record {str(path)!r} is damaged: expected what save_record writes, got {detail}."
+    return RecordError(msg)
 
 
 def _check_names(recipe: ModelRecipe, plans: Mapping[str, PlanDocument]) -> None:

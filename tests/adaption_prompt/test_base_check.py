@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from support.families import Shape, build, open_gates_
+from support.folders import without_header
 from surgery_adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel, base_fingerprint
 from surgery_adaption_prompt.base_check import BASE_FILE, TOLERANCE
 
@@ -76,7 +77,7 @@ def test_loading_beside_another_adapter_checks_too(folder):
 
 
 def test_a_folder_without_a_record_passes(folder):
-    (folder / BASE_FILE).unlink()
+    (without_header(folder) / BASE_FILE).unlink()
 
     AdaptionPromptModel.from_pretrained(other_base(1.0), folder, base_check="error")
 
@@ -85,14 +86,14 @@ def test_a_folder_without_a_record_passes(folder):
                                   '{"format": 1, "answers": [1]}', '{"format": [], "answers": 1}',
                                   '{"format": 1, "answers": {"a": ["x"]}}'])  # fmt: skip
 def test_a_damaged_record_is_an_error(folder, text):
-    (folder / BASE_FILE).write_text(text)
+    (without_header(folder) / BASE_FILE).write_text(text)
 
     with pytest.raises(SurgeryError, match="is no record of a base: expected format 1"):
         AdaptionPromptModel.from_pretrained(build(seed=1), folder)
 
 
 def test_a_record_of_other_layers_counts_as_another_base(folder):
-    path = folder / BASE_FILE
+    path = without_header(folder) / BASE_FILE
     record = json.loads(path.read_text())
     record["answers"].pop("model.layers.1.self_attn")
     path.write_text(json.dumps(record))

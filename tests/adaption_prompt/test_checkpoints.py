@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.families import build, open_gates_, tokens
+from support.folders import without_header
 from surgery_adaption_prompt import (
     AdaptionPromptConfig,
     AdaptionPromptModel,
@@ -159,7 +160,7 @@ def test_an_adapter_that_does_not_fit_is_not_added(model, folder):
     ],
 )
 def test_damaged_folders_are_refused(folder, name, content, error, message):
-    path = folder / name
+    path = without_header(folder) / name
     path.unlink()
     if content is not None:
         path.write_text(content)

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from support.families import build, open_gates_, tokens
+from support.folders import without_header
 from surgery_adaption_prompt import (
     AdapterStore,
     AdaptionPromptConfig,
@@ -265,7 +266,7 @@ def test_what_is_printed_names_the_features(tmp_path):
 def test_what_is_shown_of_a_folder_says_what_is_missing(tmp_path):
     model = make()
     model.save_pretrained(tmp_path)
-    path = tmp_path / "a/adapter_config.json"
+    path = without_header(tmp_path / "a") / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "condition_size": 6}))
 
     (note,) = show_folder(str(tmp_path)).notes

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.families import Shape, build
+from support.folders import without_header
 from surgery_adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel, plugin
 from surgery_adaption_prompt.show import show_folder
 from typer.testing import CliRunner
@@ -52,7 +53,7 @@ def rewrite(folder, change):
 
 def reconfigure(folder, **values):
     """Change the configuration in a folder."""
-    path = folder / "adapter_config.json"
+    path = without_header(folder) / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
@@ -173,7 +174,7 @@ def test_hidden_folders_are_not_looked_into(folder):
 
 
 def test_a_damaged_configuration_is_an_error(folder):
-    (folder / "legal" / "adapter_config.json").write_text("{")
+    (without_header(folder / "legal") / "adapter_config.json").write_text("{")
 
     with pytest.raises(SurgeryError) as caught:
         show_folder(str(folder))

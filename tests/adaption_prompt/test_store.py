@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from support.folders import without_header
 from support.stores import CONFIG, VALUES, FakeHost, filled, write
 from surgery_adaption_prompt import AdaptionPromptConfig
 from surgery_adaption_prompt.checkpoints import CONFIG_FILE, WEIGHTS_FILE, save_adapter
@@ -228,7 +229,7 @@ def test_a_damaged_folder_is_found_before_anything_changes(folder, host, damage)
     elif damage == "remove":
         weights.unlink()
     else:
-        (folder / "e" / CONFIG_FILE).write_text("{")
+        (without_header(folder / "e") / CONFIG_FILE).write_text("{")
 
     with pytest.raises(SurgeryError) as caught:
         store.ensure(host, ["a", "e"])

@@ -9,7 +9,7 @@ from core.cli_toys import PLUGIN, RECIPE, cells, error, invoke, make, write
 from core.toys import Net, example, session
 
 from surgery_core import ModelRecipe, read_record
-from surgery_core.record import RECORD_FILE
+from surgery_core.record import TENSORS_FILE
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,7 @@ def test_what_is_neither_a_recipe_nor_a_record_is_an_error(command):
         "a suffix of '.yaml', '.yml', '.toml', '.json'.\n"
     ) == file
     assert (
-        "error: Folder 'nowhere' has no record: expected 'surgery.json' in it. Pass a folder that "
+        "error: Folder 'nowhere' has no record: expected 'surgery.safetensors' in it. Pass a folder that "
         "a record was saved to.\n"
     ) == nothing
 
@@ -123,10 +123,11 @@ def test_show_prints_records_as_json(records):
 
 
 def test_a_damaged_record_is_an_error(records):
-    (records / "chat" / RECORD_FILE).write_text("{")
+    (records / "chat" / TENSORS_FILE).write_text("{")
 
     for command in (["show", records / "chat"], ["show", records], ["verify", records]):
-        assert error(invoke(*command)).startswith("error: Record 'records/chat/surgery.json' is ")
+        said = error(invoke(*command))
+        assert said.startswith("error: Record 'records/chat/surgery.safetensors' is damaged")
 
 
 def test_folders_that_begin_with_a_dot_are_no_records(records):
@@ -314,12 +315,12 @@ def test_tensors_that_do_not_fit_are_not_imported(gates):
         (
             "records",
             [],
-            "Source 'records' is no record: expected a folder with 'surgery.json'.",
+            "Source 'records' is no record: expected a folder with 'surgery.safetensors'.",
         ),
         (
             "recipe.yaml",
             [],
-            "Source 'recipe.yaml' is no record: expected a folder with 'surgery.json'.",
+            "Source 'recipe.yaml' is no record: expected a folder with 'surgery.safetensors'.",
         ),
     ],
 )

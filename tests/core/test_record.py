@@ -1,6 +1,5 @@
 """Records are written whole, read strictly, replayed exactly and rematched elsewhere."""
 
-import json
 import os
 import random
 import signal
@@ -13,10 +12,11 @@ import pytest
 import torch
 from core.edits import edited, recipe
 from core.toys import Net, example, session
+from support.folders import as_two_files, change_text, header_of, rewrite
 from torch import nn
 
 from surgery_core import RecordError, StateError, SurgeryWarning, load, read_record
-from surgery_core.record import MIGRATIONS, RECORD_FILE, TENSORS_FILE
+from surgery_core.record import MIGRATIONS, PENDING_FILE, RECORD_FILE, TENSORS_FILE
 from surgery_core.testing import assert_unchanged, snapshot
 
 
@@ -57,7 +57,7 @@ def test_saving_leaves_the_model_as_it_is(tmp_path):
     session().save(found, tmp_path)
 
     assert_unchanged(before, model, subject="Saving")
-    assert {RECORD_FILE, TENSORS_FILE} == {path.name for path in tmp_path.iterdir()}
+    assert [TENSORS_FILE] == [path.name for path in tmp_path.iterdir()]
 
 
 def test_a_replay_computes_what_was_saved(saved):
@@ -147,11 +147,11 @@ def test_rematch_of_something_else_names_what_does_not_suit(saved):
 
 
 def test_an_operation_that_does_something_else_now_is_refused(saved):
-    path = saved[0] / RECORD_FILE
-    data = json.loads(path.read_text())
-    data["plans"]["wide"]["edits"][0]["added"][0]["shape"] = [2]
-    data["operations"]["gate"] = "toys 0.9"
-    path.write_text(json.dumps(data))
+    def change(data):
+        data["plans"]["wide"]["edits"][0]["added"][0]["shape"] = [2]
+        data["operations"]["gate"] = "toys 0.9"
+
+    broken(change)(saved[0])
 
     with pytest.raises(RecordError, match=r"would do something else for 'wide' now.*toys 0.9"):
         session().load(make(), saved[0])
@@ -159,25 +159,41 @@ def test_an_operation_that_does_something_else_now_is_refused(saved):
 
 def broken(change):
     """Return a function that changes the JSON of a record."""
+    return lambda folder: change_text(folder / TENSORS_FILE, RECORD_FILE, change)
 
-    def damage(folder):
-        path = folder / RECORD_FILE
-        data = json.loads(path.read_text())
-        change(data)
-        path.write_text(json.dumps(data))
 
-    return damage
+def cut(folder):
+    path = folder / TENSORS_FILE
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def with_other_values(folder):
+    path = folder / TENSORS_FILE
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
 DAMAGES = {
-    "no record": (lambda f: (f / RECORD_FILE).unlink(), "has no record: expected 'surgery.json'"),
-    "no JSON": (lambda f: (f / RECORD_FILE).write_text("{"), "is damaged"),
-    "a list": (lambda f: (f / RECORD_FILE).write_text("[]"), "is damaged"),
-    "no tensors": (lambda f: (f / TENSORS_FILE).unlink(), "has no tensors of its own"),
-    "cut tensors": (
-        lambda f: (f / TENSORS_FILE).write_bytes((f / TENSORS_FILE).read_bytes()[:-1]),
+    "no record": (
+        lambda f: (f / TENSORS_FILE).unlink(),
+        "has no record: expected 'surgery.safetensors'",
+    ),
+    "no JSON": (
+        lambda f: rewrite(f / TENSORS_FILE, metadata={RECORD_FILE: "{"}),
+        "is damaged",
+    ),
+    "a list": (lambda f: rewrite(f / TENSORS_FILE, metadata={RECORD_FILE: "[]"}), "is damaged"),
+    "cut tensors": (cut, "is damaged"),
+    "other values": (with_other_values, "is damaged: .* got values with SHA-256"),
+    "two files, one without JSON": (
+        lambda f: (as_two_files(f) / RECORD_FILE).write_text("{"),
+        "is damaged",
+    ),
+    "two files, of which one is not there": (
+        lambda f: (as_two_files(f) / TENSORS_FILE).unlink(),
         "has no tensors of its own",
     ),
+    "two files, one of them cut": (lambda f: cut(as_two_files(f)), "has no tensors of its own"),
     "another format": (broken(lambda d: d.update(format="x")), "is damaged"),
     "a later version": (
         broken(lambda d: d.update(version=99)),
@@ -190,7 +206,7 @@ DAMAGES = {
         broken(lambda d: d["plans"].pop("wide")),
         "expected plans of 'rules', 'wide', 'narrow', 'shift', got those of 'rules', 'narrow'",
     ),
-    "binary": (lambda f: (f / RECORD_FILE).write_bytes(b"\xff\xfe"), "is damaged"),
+    "binary": (lambda f: (f / TENSORS_FILE).write_bytes(b"\xff\xfe"), "is damaged"),
 }
 
 
@@ -223,21 +239,40 @@ def test_values_that_are_not_finite_are_not_saved(tmp_path):
     assert not (tmp_path / "record").exists()
 
 
-def test_a_save_that_was_cut_off_before_its_last_step_counts(saved):
-    """The record is there, its tensors still wait under another name."""
-    folder, _ = saved
-    found = trained(make())
-    with torch.no_grad():
-        found.tensors("wide")["layers.1.up.gate"].fill_(7.0)
-    old = (folder / TENSORS_FILE).read_bytes()
-    session().save(found, folder)
-    (folder / TENSORS_FILE).replace(folder / f"{TENSORS_FILE}.new")
-    (folder / TENSORS_FILE).write_bytes(old)
+def test_a_record_that_0_1_0_wrote_is_read_and_replaced(saved):
+    """Also one of which the tensors still wait under another name, since the process died."""
+    folder, outputs = saved
+    before = as_two_files(folder) / TENSORS_FILE
+    (folder / PENDING_FILE).write_bytes(before.read_bytes())
+    before.write_bytes(b"of the record before")
+    model = make()
 
-    assert 7.0 == float(read_record(folder).state["wide"]["layers.1.up.gate"])
-    session().save(trained(make()), folder)
-    assert 7.0 != float(read_record(folder).state["wide"]["layers.1.up.gate"])
-    assert {RECORD_FILE, TENSORS_FILE} == {path.name for path in folder.iterdir()}
+    found = session().load(model, folder, base_check="error")
+    for name, expected in outputs.items():
+        found.set_active(name)
+        assert torch.equal(expected, model(example()))
+    session().save(found, folder)
+
+    assert [TENSORS_FILE] == [path.name for path in folder.iterdir()]
+    assert outputs.keys() <= read_record(folder).state.keys()
+
+
+def test_old_json_next_to_a_record_is_not_read(saved):
+    """It is there if a process died after it put a new record in the place of an old one."""
+    folder, _ = saved
+    (folder / RECORD_FILE).write_text("{}")
+
+    assert "narrow" == read_record(folder).recipe.active
+
+
+def test_the_same_record_is_the_same_bytes(tmp_path):
+    found = trained(make())
+    session().save(found, tmp_path / "one")
+    session().save(found, tmp_path / "two")
+
+    one, two = ((tmp_path / name / TENSORS_FILE).read_bytes() for name in ("one", "two"))
+    assert one == two
+    assert {"format", RECORD_FILE} == header_of(tmp_path / "one" / TENSORS_FILE).keys()
 
 
 KILLED = """
@@ -283,7 +318,8 @@ def test_a_process_killed_while_saving_leaves_a_record_that_is_one_of_those_save
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        if not (tmp_path / RECORD_FILE).exists():
+        assert len(list(tmp_path.glob(".*"))) <= 1
+        if not (tmp_path / TENSORS_FILE).exists():
             continue
         record = read_record(tmp_path)
         values = {float(v) for state in record.state.values() for t in state.values() for v in t}

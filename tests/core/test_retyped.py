@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from core.toys import Net, ToyOperation, example, session
+from support.folders import as_two_files, change_text
 from torch import nn
 
 from surgery_core import (
@@ -19,7 +20,7 @@ from surgery_core import (
     read_record,
     verify,
 )
-from surgery_core.record import RECORD_FILE
+from surgery_core.record import RECORD_FILE, TENSORS_FILE
 from surgery_core.testing import OperationContract, assert_unchanged, snapshot
 
 
@@ -230,12 +231,15 @@ def test_records_of_version_1_have_no_such_copies(tmp_path):
     shift = {"adapters": {"s": {"operation": "shift", "select": "head"}}}
     edited = session().plan_recipe(make(), ModelRecipe.model_validate(shift)).apply()
     session().save(edited, tmp_path)
-    data = json.loads((tmp_path / RECORD_FILE).read_text())
-    data["version"] = 1
-    for plan in data["plans"].values():
-        for edit in plan["edits"]:
-            assert [] == edit.pop("retyped")
-    (tmp_path / RECORD_FILE).write_text(json.dumps(data))
+
+    def as_version_1(data):
+        data["version"] = 1
+        for plan in data["plans"].values():
+            for edit in plan["edits"]:
+                assert [] == edit.pop("retyped")
+
+    change_text(tmp_path / TENSORS_FILE, RECORD_FILE, as_version_1)
+    as_two_files(tmp_path)
 
     again = session().load(make(), tmp_path, base_check="error")
 
@@ -246,10 +250,12 @@ def test_records_of_version_1_have_no_such_copies(tmp_path):
 def test_a_record_of_this_version_says_which_there_are(tmp_path):
     edited, _ = trained()
     session(Widen()).save(edited, tmp_path)
-    data = json.loads((tmp_path / RECORD_FILE).read_text())
-    assert 2 == data["version"]
-    del data["plans"]["w"]["edits"][0]["retyped"]
-    (tmp_path / RECORD_FILE).write_text(json.dumps(data))
+
+    def without_copies(data):
+        assert 2 == data["version"]
+        del data["plans"]["w"]["edits"][0]["retyped"]
+
+    change_text(tmp_path / TENSORS_FILE, RECORD_FILE, without_copies)
 
     with pytest.raises(RecordError, match=r"is damaged: .* got KeyError\('retyped'\)"):
         read_record(tmp_path)

@@ -153,8 +153,21 @@ def _header(data: bytes, pick: Pick) -> bytes:
     (length,) = struct.unpack("<Q", data[:8])
     if not pick(6):
         return struct.pack("<Q", _LENGTHS[pick(len(_LENGTHS))]) + data[8:]
-    header = _json(data[8 : 8 + length], pick)
+    header = _inner(data[8 : 8 + length], pick) if pick(2) else _json(data[8 : 8 + length], pick)
     return struct.pack("<Q", len(header)) + header + data[8 + length :]
+
+
+def _inner(header: bytes, pick: Pick) -> bytes:
+    """Change the JSON of a text in a header."""
+    try:
+        found = json.loads(header)
+        texts = found["__metadata__"]
+        name = sorted(texts)[pick(len(texts))]
+        texts[name] = _json(texts[name].encode(), pick).decode("utf-8", "replace")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        # Damaged before.
+        return _json(header, pick)
+    return json.dumps(found).encode()
 
 
 _DTYPES = (

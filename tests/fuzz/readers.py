@@ -14,6 +14,7 @@ from core.edits import edited
 from core.toys import Net, session
 from pydantic import BaseModel, ConfigDict
 from support.families import build, open_gates_
+from support.folders import as_two_files, without_header
 from support.foreign import OriginalLlama
 from support.importing import SIZES, litgpt, original, read_original, read_quietly
 from surgery_adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel, Composition
@@ -172,11 +173,22 @@ def _record(folder: Path, model: nn.Module | None) -> object:
     return session().load(model, folder, on_other_model="rematch").revert()
 
 
+def _save_record(folder: Path) -> None:
+    session().save(edited(Net().eval()), folder)
+
+
 def _save_adapter(folder: Path) -> None:
     fields = {"adapter_len": 3, "adapter_layers": 2, "gate": "head"}
     saved = AdaptionPromptModel(build(), {"default": AdaptionPromptConfig(**fields)}, "default")
     open_gates_(saved.adapter_modules("default"))
     saved.save_pretrained(folder)
+
+
+def _in_files(
+    write: Callable[[Path], object], change: Callable[[Path], object]
+) -> Callable[[], Files]:
+    """Return a reader's files as other programs and releases write them: JSON is not in a header."""
+    return _written(lambda folder: (write(folder), change(folder)))
 
 
 def _save_adapter_bin(folder: Path) -> None:
@@ -260,18 +272,25 @@ READERS = {
         lambda folder, _: load_settings(folder / "settings.yaml", Settings),
     ),
     "plan": Reader(_plan_text, _plan),
-    "record": Reader(
-        _written(lambda folder: session().save(edited(Net().eval()), folder)), _record, toy
-    ),
+    "record": Reader(_in_files(_save_record, as_two_files), _record, toy),
+    "record in one file": Reader(_written(_save_record), _record, toy),
     "composition": Reader(
         _written(lambda folder: Composition({"fr": 0.7, "legal": 1}).save(folder / "c.json")),
         lambda folder, _: Composition.load(folder / "c.json"),
     ),
-    "adapter": Reader(_written(_save_adapter), _adapter, both),
+    "adapter": Reader(_in_files(_save_adapter, without_header), _adapter, both),
+    "adapter in one file": Reader(
+        _in_files(_save_adapter, lambda folder: [p.unlink() for p in folder.glob("*.json")]),
+        _adapter,
+        both,
+    ),
     "adapter.bin": Reader(_written(_save_adapter_bin), _adapter, both),
-    "low_rank": Reader(_written(_save_low_rank), _low_rank, toy),
+    "low_rank": Reader(_in_files(_save_low_rank, without_header), _low_rank, toy),
+    "low_rank in one file": Reader(_written(_save_low_rank), _low_rank, toy),
     "low_rank_record": Reader(
-        _written(_record_low_rank), lambda folder, model: LOW_RANK.load(model, folder).revert(), toy
+        _in_files(_record_low_rank, as_two_files),
+        lambda folder, model: LOW_RANK.load(model, folder).revert(),
+        toy,
     ),
     "scale_shift": Reader(_written(_save_scales), _scales, toy),
     "llama_adapter": Reader(

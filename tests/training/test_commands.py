@@ -204,7 +204,7 @@ def test_a_process_that_is_killed_is_resumed_to_the_same_values(
         check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (tmp_path / "out/surgery.json").exists()
+    assert not (tmp_path / "out/surgery.safetensors").exists()
     invoke(*command, "--resume")
     invoke(*command[:-1], tmp_path / "whole")
 

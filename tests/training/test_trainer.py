@@ -215,7 +215,7 @@ def test_training_stops_when_nothing_gets_better_and_the_best_values_are_kept(tm
 
     # Killed between the last checkpoint and the record: nothing is left to be trained.
     files[1].write_text(files[1].read_text().replace('"last"', '"best"'))
-    for name in ("training.json", "surgery.json", "surgery.safetensors"):
+    for name in ("training.json", "surgery.safetensors"):
         (tmp_path / "out" / name).unlink()
     again = run(files, tmp_path / "out", resume=True)
     assert (again.steps, again.kept) == (outcome.steps, outcome.kept)
@@ -285,7 +285,6 @@ def test_checkpoints_have_what_was_added_and_nothing_of_the_base(tmp_path):
         "optimizer.pt",
         "rng_state.pth",
         "scheduler.pt",
-        "surgery.json",
         "surgery.safetensors",
         "trainer_state.json",
     ]
@@ -365,7 +364,7 @@ def test_losses_that_are_not_finite_end_the_training(tmp_path):
 
     with pytest.raises(OptionsError, match="Loss is not finite at step 1: expected a number"):
         run(write_task(tmp_path), tmp_path / "out")
-    assert not (tmp_path / "out/surgery.json").exists()
+    assert not (tmp_path / "out/surgery.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -126,8 +126,8 @@ class AdapterManager(BaseFacade):
             VariantError: There is no such adapter, it is in use beside others or by a thread, or
                 the new name is taken or no name for a folder.
         """
-        check_name(new_name)
         with self.sharing.lock:
+            check_name(new_name, self.peft_config.keys() - {adapter_name})
             self._require_unshared(adapter_name)
             self.swap_state.rename(adapter_name, new_name)
             self.peft_config = {
@@ -425,7 +425,7 @@ class AdapterManager(BaseFacade):
         *,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        check_name(name)
+        check_name(name, self.peft_config)
         if config.init_from_text is not None and state is None and tokenizer is None:
             msg = (
                 f"Adapter {name!r} starts from a text: expected the base's tokenizer, got none. "

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from surgery_adaption_prompt.attention import AdaptedAttention
+from surgery_adaption_prompt.checkpoints import BASE_FILE, AdapterFolder
 from surgery_core import StateError, SurgeryError, SurgeryWarning, listed
 
-BASE_FILE = "base_fingerprint.json"
 FORMAT = 1
 NUM_VALUES = 16
 """How many values of the answer are kept for each layer, keys and values each."""
@@ -44,13 +44,13 @@ def base_fingerprint(modules: Mapping[str, AdaptedAttention]) -> Fingerprint:
         return {fqn: _answer(module) for fqn, module in modules.items()}
 
 
-def fingerprint_file(answers: Fingerprint) -> dict[str, bytes]:
-    """Return what the file with the fingerprint of the base holds, by its name."""
-    return {BASE_FILE: json.dumps({"format": FORMAT, "answers": answers}, indent=2).encode()}
+def fingerprint_text(answers: Fingerprint) -> str:
+    """Return what is saved of the fingerprint of the base."""
+    return json.dumps({"format": FORMAT, "answers": answers}, indent=2)
 
 
 def check_base(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | AdapterFolder,
     modules: Mapping[str, AdaptedAttention],
     *,
     policy: BaseCheck,
@@ -58,7 +58,7 @@ def check_base(
     """Compare the base with the one an adapter was saved from; folders without a record pass.
 
     Args:
-        folder: The adapter's.
+        folder: The adapter's, or what was read of it.
         modules: Adapted modules by FQN, in the base at hand.
         policy: Warn, raise, or do not look.
 
@@ -66,17 +66,19 @@ def check_base(
         SurgeryError: The record is damaged.
         StateError: The base is another one, and the policy is `"error"`.
     """
-    path = Path(folder) / BASE_FILE
-    if policy == "ignore" or not path.exists():
+    if policy == "ignore":
         return
-    expected, actual = _read(path), base_fingerprint(modules)
+    found = folder if isinstance(folder, AdapterFolder) else AdapterFolder.read(folder)
+    if found.base is None:
+        return
+    expected, actual = _parsed(found), base_fingerprint(modules)
     errors = {fqn: _difference(actual[fqn], expected.get(fqn)) for fqn in actual}
     other = sorted(fqn for fqn, error in errors.items() if not error <= TOLERANCE)
     if not other:
         return
     worst = max(errors.values())
     msg = (
-        f"Adapter in {str(folder)!r} was trained for another base: expected key and value "
+        f"Adapter in {found.folder!r} was trained for another base: expected key and value "
         f"projections that differ by at most {TOLERANCE:.0%} from the recorded ones, got "
         f"{worst:.1%} at {listed(other)}. Load it on the model it was trained for, or pass "
         "base_check='ignore'."
@@ -111,9 +113,10 @@ def _difference(actual: list[float], expected: list[float] | None) -> float:
     return math.dist(actual, expected) / (math.hypot(*expected) or 1.0)
 
 
-def _read(path: Path) -> Fingerprint:
+def _parsed(found: AdapterFolder) -> Fingerprint:
+    path = Path(found.folder) / BASE_FILE
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(found.base or "")
         answers = {FORMAT: record["answers"]}[record["format"]]
         return {fqn: [float(x) for x in values] for fqn, values in answers.items()}
     except (

@@ -3,13 +3,12 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from surgery_adaption_prompt.attention import AdaptedAttention
@@ -19,17 +18,25 @@ from surgery_adaption_prompt.parts import GATE, parameter_names
 from surgery_core import (
     StateError,
     SurgeryError,
+    TensorFile,
+    file_stamp,
     listed,
     load_pickled,
     load_tensors_,
+    read_tensor_file,
+    read_tensor_header,
+    tensor_files,
     whole_tensors,
     write_files,
 )
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+"""All of an adapter: the other two stand in its header too, and those there are what is read."""
+CONFIG_FILE = "adapter_config.json"
+BASE_FILE = "base_fingerprint.json"
 PICKLE_FILE = "adapter_model.bin"
 """What old releases of PEFT wrote in place of it; read as tensors only."""
+_FILES = (WEIGHTS_FILE, PICKLE_FILE, CONFIG_FILE, BASE_FILE)
 PEFT_PREFIX = "base_model.model."
 """What PEFT's key names begin with, before the FQN in the transformers model."""
 
@@ -101,7 +108,7 @@ def save_adapter(
     *,
     is_for_peft: bool = True,
 ) -> None:
-    """Write an adapter as PEFT writes it; after an error the folder is as it was.
+    """Write an adapter as PEFT writes it, without a record of its base.
 
     Args:
         folder: Made if need be; the two files in it are replaced.
@@ -119,17 +126,23 @@ def save_adapter(
 
 
 def adapter_files(
-    config: AdaptionPromptConfig, state: Mapping[str, Tensor], *, is_for_peft: bool
+    config: AdaptionPromptConfig,
+    state: Mapping[str, Tensor],
+    *,
+    is_for_peft: bool,
+    base: str | None = None,
 ) -> dict[str, bytes]:
     """Return what the files of an adapter hold, by name, as PEFT writes them.
 
-    The configuration is written with `inference_mode` true, as PEFT does.
+    The configuration is written with `inference_mode` true, as PEFT does. Everything also stands in
+    the header of the first file, so that putting that one in its place saves the adapter.
 
     Args:
         config: The adapter's configuration.
         state: Its tensors by `fqn.name`.
         is_for_peft: PEFT computes the same with it. Otherwise the folder names a type of its own,
             which PEFT refuses, instead of computing something else.
+        base: Text of the record of its base.
 
     Raises:
         StateError: A value is not finite.
@@ -138,11 +151,11 @@ def adapter_files(
     values = {**config.to_mapping(), "inference_mode": True}
     if not is_for_peft:
         values["peft_type"] = OWN_TYPE
-    tensors = {f"{PEFT_PREFIX}{name}": tensor.contiguous() for name, tensor in state.items()}
-    return {
-        WEIGHTS_FILE: save(tensors, metadata={"format": "pt"}),
-        CONFIG_FILE: json.dumps(values, indent=2, sort_keys=True).encode(),
-    }
+    texts = {CONFIG_FILE: json.dumps(values, indent=2, sort_keys=True)}
+    if base is not None:
+        texts[BASE_FILE] = base
+    tensors = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in state.items()}
+    return tensor_files(WEIGHTS_FILE, tensors, texts)
 
 
 def peft_problems(config: AdaptionPromptConfig, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -209,75 +222,132 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
         raise StateError(msg, mismatched=[f"{name}: not finite" for name in bad])
 
 
-def load_config(
-    folder: str | os.PathLike[str], *, peft_projects: bool = True
-) -> AdaptionPromptConfig:
-    """Read the configuration of an adapter folder, ours or PEFT's.
-
-    Keys that are no fields of ours or PEFT's are refused, but for `peft_version`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFolder:
+    """An adapter's folder that was read, all of it of one save.
 
     Args:
         folder: The folder.
-        peft_projects: For the model at hand PEFT sends the prompt's term through the output
-            projection; what is meant where the folder is PEFT's and does not say it.
-
-    Raises:
-        SurgeryError: There is no such file, or it is no JSON object.
-        OptionsError: It is no configuration of an adaption prompt.
+        values: Its configuration, as written.
+        state: Its tensors by `fqn.name`, on the CPU.
+        base: Text of the record of its base; None if it has none.
     """
-    path = Path(folder) / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as err:
-        msg = (
-            f"Adapter folder {str(folder)!r} has no readable {CONFIG_FILE}: {err}. Pass a folder "
-            "that save_pretrained wrote."
-        )
-        raise SurgeryError(msg) from err
-    if not isinstance(values, dict):
-        msg = f"{str(path)!r} is no configuration: expected a JSON object, got {values!r:.80}."
-        raise SurgeryError(msg)
-    values.pop("peft_version", None)
-    if values.get("peft_type") != OWN_TYPE:
-        values.setdefault("project_output", peft_projects)
-    return AdaptionPromptConfig.from_mapping(values)
+
+    folder: str
+    values: Mapping[str, Any]
+    state: Mapping[str, Tensor]
+    base: str | None
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str]) -> "AdapterFolder":
+        """Read a folder that `save_pretrained` or PEFT wrote.
+
+        The tensors are in `adapter_model.safetensors`, or where there is none in `adapter_model.bin`,
+        of which nothing but tensors is read. The configuration and the record of the base are in the
+        header of the first, if we wrote it, and otherwise in files next to it.
+
+        Raises:
+            SurgeryError: A file is missing, damaged or not a regular file, or holds something else.
+            StateError: A key lacks PEFT's prefix.
+        """
+        found = _tensors_in(Path(folder))
+        values = _values_in(found)
+        try:
+            base = found.text(BASE_FILE)
+        except FileNotFoundError:
+            base = None
+        except (OSError, ValueError) as err:
+            raise _unreadable(folder, BASE_FILE, err) from err
+        strange = [name for name in found.tensors if not name.startswith(PEFT_PREFIX)]
+        if strange:
+            msg = (
+                f"{os.fspath(folder)!r} is no adapter: expected keys that begin with {PEFT_PREFIX!r}, "
+                f"got {listed(sorted(strange))}."
+            )
+            raise StateError(msg, unexpected=strange)
+        state = {name.removeprefix(PEFT_PREFIX): t for name, t in found.tensors.items()}
+        return cls(folder=os.fspath(folder), values=values, state=state, base=base)
+
+    def config(self, *, peft_projects: bool = True) -> AdaptionPromptConfig:
+        """Return the configuration, ours or PEFT's.
+
+        Keys that are no fields of ours or PEFT's are refused, but for `peft_version`.
+
+        Args:
+            peft_projects: For the model at hand PEFT sends the prompt's term through the output
+                projection; what is meant where the folder is PEFT's and does not say it.
+
+        Raises:
+            OptionsError: It is no configuration of an adaption prompt.
+        """
+        values = dict(self.values)
+        values.pop("peft_version", None)
+        if values.get("peft_type") != OWN_TYPE:
+            values.setdefault("project_output", peft_projects)
+        return AdaptionPromptConfig.from_mapping(values)
 
 
-def load_state(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read the tensors of an adapter folder by `fqn.name`, on the CPU.
+def folder_stamp(folder: str | os.PathLike[str]) -> tuple[object, ...]:
+    """Return what changes when an adapter is saved anew to a folder; no file is opened.
 
-    `adapter_model.safetensors`, or where there is none `adapter_model.bin`, of which nothing but
-    tensors is read.
+    Args:
+        folder: The folder.
+    """
+    return tuple(file_stamp(f"{os.fspath(folder)}{os.sep}{name}") for name in _FILES)
+
+
+def written_values(folder: str | os.PathLike[str]) -> object:
+    """Return the JSON of an adapter's configuration, as written; of the tensors no values are read.
 
     Raises:
-        SurgeryError: There is no such file, or it is damaged, or holds more than tensors.
-        StateError: A key lacks PEFT's prefix.
+        SurgeryError: It cannot be read.
     """
     path = Path(folder) / WEIGHTS_FILE
-    if not path.exists() and (Path(folder) / PICKLE_FILE).exists():
-        path = Path(folder) / PICKLE_FILE
-        tensors = load_pickled(path, subject=f"Checkpoint {str(path)!r}")
-    else:
-        tensors = _load_safetensors(path)
-    strange = [name for name in tensors if not name.startswith(PEFT_PREFIX)]
-    if strange:
-        msg = (
-            f"{str(path)!r} is no adapter: expected keys that begin with {PEFT_PREFIX!r}, got "
-            f"{listed(sorted(strange))}."
-        )
-        raise StateError(msg, unexpected=strange)
-    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as err:
-        msg = (
-            f"Adapter folder {str(path.parent)!r} has no readable {WEIGHTS_FILE}: {err}. Pass a "
-            "folder that save_pretrained wrote."
-        )
-        raise SurgeryError(msg) from err
+        found, _ = read_tensor_header(path)
+    except (OSError, ValueError):
+        found = TensorFile(path=path, tensors={}, texts={}, stamp=file_stamp(path))
+    try:
+        return json.loads(found.text(CONFIG_FILE))
+    except (OSError, ValueError, RecursionError) as err:
+        raise _unreadable(folder, CONFIG_FILE, err) from err
+
+
+def _tensors_in(folder: Path) -> TensorFile:
+    path, pickle = folder / WEIGHTS_FILE, folder / PICKLE_FILE
+    if _is_pickled(folder):
+        tensors = load_pickled(pickle, subject=f"Checkpoint {str(pickle)!r}")
+        return TensorFile(path=path, tensors=tensors, texts={}, stamp=None)
+    try:
+        return read_tensor_file(path)
+    except (OSError, ValueError) as err:
+        raise _unreadable(folder, WEIGHTS_FILE, err) from err
+
+
+def _is_pickled(folder: Path) -> bool:
+    return (folder / PICKLE_FILE).exists() and not (folder / WEIGHTS_FILE).exists()
+
+
+def _values_in(found: TensorFile) -> dict[str, Any]:
+    """Return the configuration that was saved with tensors, as written."""
+    folder = found.path.parent
+    try:
+        values = json.loads(found.text(CONFIG_FILE))
+    except (OSError, ValueError, RecursionError) as err:
+        raise _unreadable(folder, CONFIG_FILE, err) from err
+    if not isinstance(values, dict):
+        path = folder / CONFIG_FILE
+        msg = f"{str(path)!r} is no configuration: expected a JSON object, got {values!r:.80}."
+        raise SurgeryError(msg)
+    return values
+
+
+def _unreadable(folder: str | os.PathLike[str], name: str, err: Exception) -> SurgeryError:
+    msg = (
+        f"Adapter folder {os.fspath(folder)!r} has no readable {name}: {err}. Pass a folder that "
+        "save_pretrained wrote."
+    )
+    return SurgeryError(msg)
 
 
 def expected_bytes(folder: Path) -> int:
@@ -289,25 +359,22 @@ def expected_bytes(folder: Path) -> int:
     Raises:
         SurgeryError: One of the files cannot be read.
     """
-    config = load_config(folder)
-    dtype, own = config.dtype, tuple(f".{name}" for name in parameter_names(config))
-    path = folder / WEIGHTS_FILE
-    if not path.exists() and (folder / PICKLE_FILE).exists():
+    if _is_pickled(folder):
+        # Whatever is wrong with it shows before anything is evicted.
+        AdapterFolder.read(folder).config()
         return (folder / PICKLE_FILE).stat().st_size
-    total = 0
     try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                tensor = file.get_slice(name)
-                # Of safetensors' dtypes, those with 64 in their names are wider than four bytes.
-                itemsize = 8 if tensor.get_dtype().endswith("64") else 4
-                if dtype is not None and name.endswith(own):
-                    itemsize = getattr(torch, dtype).itemsize
-                total += itemsize * prod(tensor.get_shape())
-    except (OSError, SafetensorError) as err:
-        msg = (
-            f"Adapter folder {str(folder)!r} has no readable {WEIGHTS_FILE}: {err}. Pass a folder "
-            "that save_pretrained wrote."
-        )
-        raise SurgeryError(msg) from err
+        found, shapes = read_tensor_header(folder / WEIGHTS_FILE)
+    except (OSError, ValueError) as err:
+        raise _unreadable(folder, WEIGHTS_FILE, err) from err
+    read = AdapterFolder(folder=str(folder), values=_values_in(found), state={}, base=None)
+    config = read.config()
+    dtype, own = config.dtype, tuple(f".{name}" for name in parameter_names(config))
+    total = 0
+    for name, (kind, shape) in shapes.items():
+        # Of safetensors' dtypes, those with 64 in their names are wider than four bytes.
+        itemsize = 8 if kind.endswith("64") else 4
+        if dtype is not None and name.endswith(own):
+            itemsize = getattr(torch, dtype).itemsize
+        total += itemsize * prod(shape)
     return total

@@ -17,6 +17,7 @@ from surgery_core import (
     SurgeryError,
     WeightedSum,
     composed_names,
+    read_text,
     write_files,
 )
 
@@ -82,7 +83,7 @@ class Composition:
             OptionsError: The weights are invalid.
         """
         try:
-            values = json.loads(Path(path).read_text())
+            values = json.loads(read_text(path))
         except (OSError, ValueError, RecursionError) as err:
             msg = f"Composition {str(path)!r} cannot be read: {err}. Pass a file that save wrote."
             raise SurgeryError(msg) from err

@@ -1,7 +1,7 @@
 """Adapters of a model in folders, with the record of their base: what `AdaptionPromptModel` saves and loads."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from surgery_adaption_prompt.architectures import is_unprojected_in_peft
 from surgery_adaption_prompt.attention import AdaptedAttention
-from surgery_adaption_prompt.base_check import base_fingerprint, fingerprint_file
+from surgery_adaption_prompt.base_check import Fingerprint, base_fingerprint, fingerprint_text
 from surgery_adaption_prompt.checkpoints import (
+    AdapterFolder,
     adapter_files,
     check_finite,
-    load_config,
-    load_state,
     peft_form,
     peft_problems,
     whole_state,
@@ -27,9 +26,11 @@ from surgery_core import (
     OptionsError,
     StateError,
     VariantError,
+    can_name_folder,
     listed,
+    name_problem,
     one_writer,
-    write_files,
+    write_folders,
 )
 
 
@@ -84,33 +85,77 @@ class SavableAdapter:
             config=config, state=state, modules=attentions, is_for_peft=not problems, held=held
         )
 
-    def write(self, folder: str | os.PathLike[str]) -> None:
-        """Write configuration, tensors and the record of the base; the first process does for all.
+    def files(self, answers: Fingerprint) -> dict[str, bytes]:
+        """Return what its files hold, by name.
 
-        Raises:
-            OSError: A file could not be written; it is named, and the folder is as it was.
+        Args:
+            answers: Of its base; see `base_fingerprint`.
         """
-        answers = base_fingerprint(self.modules)
-        with one_writer(self.held) as is_writer:
-            if is_writer:
-                files = adapter_files(self.config, self.state, is_for_peft=self.is_for_peft)
-                # As PEFT does: who trains saves often, and waits for no disk.
-                write_files(folder, {**files, **fingerprint_file(answers)}, durable=False)
+        base = fingerprint_text(answers)
+        return adapter_files(self.config, self.state, is_for_peft=self.is_for_peft, base=base)
 
 
-def read_folder(
-    model: nn.Module, folder: str | os.PathLike[str], *, is_trainable: bool
-) -> tuple[AdaptionPromptConfig, dict[str, Tensor]]:
-    """Read an adapter for a model, with what PEFT's folders mean for this model.
+DEFAULT_ADAPTER = "default"
+"""Name of the adapter that PEFT's format keeps in the folder itself, not in a subfolder."""
+
+
+def folders_of(
+    directory: str | os.PathLike[str], adapters: Mapping[str, SavableAdapter]
+) -> dict[Path, SavableAdapter]:
+    """Return adapters by the folders they are saved to.
+
+    Args:
+        directory: Takes the adapter `default`; others go into subfolders of their names.
+        adapters: By name.
 
     Raises:
-        SurgeryError: The folder cannot be read.
+        StateError: A subfolder is a link, which could lead anywhere.
+    """
+    root = Path(directory)
+    found = {
+        root / ("" if name == DEFAULT_ADAPTER else name): one for name, one in adapters.items()
+    }
+    links = [str(folder) for folder in found if folder != root and folder.is_symlink()]
+    if links:
+        msg = (
+            f"Nothing was saved: {listed(links)} is a link to another folder. Remove the link, or "
+            "save that adapter to the folder itself."
+        )
+        raise StateError(msg, mismatched=links)
+    return found
+
+
+def write_adapters(adapters: Mapping[Path, SavableAdapter]) -> None:
+    """Write adapters to folders, all of them or none unless a file cannot be put in its place.
+
+    The first process writes for all, and every one must call this.
+
+    Args:
+        adapters: By folder.
+
+    Raises:
+        OSError: A file could not be written; see `write_folders`.
+    """
+    answers = {folder: base_fingerprint(found.modules) for folder, found in adapters.items()}
+    with one_writer(one for found in adapters.values() for one in found.held) as is_writer:
+        if is_writer:
+            # As PEFT does: who trains saves often, and waits for no disk.
+            each = ((folder, found.files(answers[folder])) for folder, found in adapters.items())
+            write_folders(each, durable=False)
+
+
+def config_for(
+    model: nn.Module, found: AdapterFolder, *, is_trainable: bool
+) -> AdaptionPromptConfig:
+    """Return the configuration of an adapter for a model, with what PEFT's folders mean for this one.
+
+    Raises:
+        OptionsError: It is no configuration of an adaption prompt.
         StateError: Its tensors are fewer values than its configuration asks for.
     """
-    config = load_config(folder, peft_projects=not is_unprojected_in_peft(model))
-    state = load_state(folder)
-    _check_sizes(folder, config, state)
-    return replace(config, inference_mode=not is_trainable), state
+    config = found.config(peft_projects=not is_unprojected_in_peft(model))
+    _check_sizes(found.folder, config, found.state)
+    return replace(config, inference_mode=not is_trainable)
 
 
 def _check_sizes(
@@ -161,15 +206,25 @@ def check_same_form(
         raise OptionsError(msg)
 
 
-def check_name(name: str) -> None:
-    """Refuse names that cannot be a folder's, that would hide what is in it, or that mean no adapter."""
+def check_name(name: str, others: Iterable[str] = ()) -> None:
+    """Refuse names that cannot be saved to a folder of their own, or that mean no adapter.
+
+    Args:
+        name: The name.
+        others: Of the adapters it will stand next to.
+
+    Raises:
+        VariantError: It is such a name.
+    """
     if name == BASE:
         msg = f"Adapter name {name!r} stands for the base in lists of adapters. Choose another."
         raise VariantError(msg)
-    is_plain = name == Path(name).name and name.isprintable()
-    if not name or not is_plain or name.startswith("."):
+    if not can_name_folder(name):
         msg = (
             f"Adapter name {name!r} cannot name a folder: expected one without separators that does "
             "not begin with a dot. Choose another."
         )
+        raise VariantError(msg)
+    if (problem := name_problem(name, others)) is not None:
+        msg = f"Adapter name {name!r:.80} cannot be saved: {problem}. Choose another."
         raise VariantError(msg)

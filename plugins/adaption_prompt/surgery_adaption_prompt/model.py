@@ -3,7 +3,6 @@
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from torch import nn
@@ -12,11 +11,18 @@ from transformers import PreTrainedModel
 from surgery_adaption_prompt.adapters import AdapterManager
 from surgery_adaption_prompt.attention import AdaptedAttention
 from surgery_adaption_prompt.base_check import BaseCheck, check_base
-from surgery_adaption_prompt.checkpoints import load_state_
+from surgery_adaption_prompt.checkpoints import AdapterFolder, load_state_
 from surgery_adaption_prompt.composition import Composition
 from surgery_adaption_prompt.condition import require_unconditioned
 from surgery_adaption_prompt.config import PEFT_TYPE, AdaptionPromptConfig
-from surgery_adaption_prompt.folders import SavableAdapter, check_same_form, read_folder
+from surgery_adaption_prompt.folders import (
+    DEFAULT_ADAPTER,
+    SavableAdapter,
+    check_same_form,
+    config_for,
+    folders_of,
+    write_adapters,
+)
 from surgery_adaption_prompt.gate_plot import draw_gates
 from surgery_adaption_prompt.materialise import materialised
 from surgery_adaption_prompt.merged_bias import merged_bias_rule
@@ -39,9 +45,6 @@ from surgery_core import (
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-DEFAULT_ADAPTER = "default"
-"""Name of the adapter that PEFT's format keeps in the folder itself, not in a subfolder."""
 
 
 class AdaptionPromptModel(AdapterManager):
@@ -306,7 +309,9 @@ class AdaptionPromptModel(AdapterManager):
         Raises:
             VariantError: There is no such adapter; nothing was written.
             StateError: An adapter has values that are not finite, or, `for_peft`, is one that PEFT
-                cannot have; nothing was written.
+                cannot have; or its subfolder is a link. Nothing was written.
+            OSError: A file could not be written. Nothing was changed, unless a note on the error
+                says what was saved before it.
         """
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         base_name = self.config.name_or_path or None
@@ -318,8 +323,7 @@ class AdaptionPromptModel(AdapterManager):
             if config.base_model_name_or_path is None:
                 config = replace(config, base_model_name_or_path=base_name)
             prepared[name] = SavableAdapter.prepare(name, config, modules, for_peft=for_peft)
-        for name, adapter in prepared.items():
-            adapter.write(Path(save_directory) / ("" if name == DEFAULT_ADAPTER else name))
+        write_adapters(folders_of(save_directory, prepared))
 
     def load_adapter(
         self,
@@ -367,11 +371,12 @@ class AdaptionPromptModel(AdapterManager):
         Raises:
             SurgeryError: See `load_adapter`.
         """
-        config, state = read_folder(self.model, model_id, is_trainable=is_trainable)
+        found = AdapterFolder.read(model_id)
+        config = config_for(self.model, found, is_trainable=is_trainable)
         with self.sharing.lock:
-            self._add(adapter_name, config, state)
+            self._add(adapter_name, config, found.state)
             try:
-                check_base(model_id, self.adapter_modules(adapter_name), policy=base_check)
+                check_base(found, self.adapter_modules(adapter_name), policy=base_check)
             except BaseException:
                 self.delete_adapter(adapter_name)
                 raise
@@ -401,10 +406,11 @@ class AdaptionPromptModel(AdapterManager):
             reshard_(self)
             modules = self.swap_state.variant(adapter_name)
             own = self.peft_config[adapter_name]
-            config, state = read_folder(self.model, model_id, is_trainable=not own.inference_mode)
+            found = AdapterFolder.read(model_id)
+            config = config_for(self.model, found, is_trainable=not own.inference_mode)
             check_same_form(own, config, folder=model_id)
-            check_base(model_id, self.adapter_modules(adapter_name), policy=base_check)
-            load_state_(modules, state)
+            check_base(found, self.adapter_modules(adapter_name), policy=base_check)
+            load_state_(modules, found.state)
             self.peft_config[adapter_name] = replace(config, dtype=own.dtype)
 
     @classmethod
@@ -429,11 +435,12 @@ class AdaptionPromptModel(AdapterManager):
         Raises:
             SurgeryError: The folder cannot be read, or does not fit the model; it is unchanged.
         """
-        config, state = read_folder(model, model_id, is_trainable=is_trainable)
+        found = AdapterFolder.read(model_id)
+        config = config_for(model, found, is_trainable=is_trainable)
         adapted = cls(model, {adapter_name: replace(config, init_from_text=None)}, adapter_name)
         try:
-            load_state_(adapted.swap_state.variant(adapter_name), state)
-            check_base(model_id, adapted.adapter_modules(adapter_name), policy=base_check)
+            load_state_(adapted.swap_state.variant(adapter_name), found.state)
+            check_base(found, adapted.adapter_modules(adapter_name), policy=base_check)
         except BaseException:
             adapted.unload()
             raise

@@ -12,6 +12,7 @@ from torch import nn
 from surgery_adaption_prompt import trainable_copy
 from surgery_adaption_prompt.architectures import architecture_of, attention_modules
 from surgery_adaption_prompt.attention import AdaptedAttention, adapt, compose, parameter_dtype
+from surgery_adaption_prompt.checkpoints import AdapterFolder
 from surgery_adaption_prompt.composition import Composition, composed_adapters
 from surgery_adaption_prompt.condition import conditioned
 from surgery_adaption_prompt.config import (
@@ -19,7 +20,7 @@ from surgery_adaption_prompt.config import (
     AdaptionPromptConfig,
     config_schema,
 )
-from surgery_adaption_prompt.folders import SavableAdapter, read_folder
+from surgery_adaption_prompt.folders import SavableAdapter, config_for, write_adapters
 from surgery_adaption_prompt.importers import read_litgpt, read_llama_adapter
 from surgery_adaption_prompt.parts import parameter_shapes
 from surgery_adaption_prompt.rows import SharedTerms
@@ -185,11 +186,12 @@ class AdaptionPromptOperation(Operation[AdaptionPromptConfig]):
         A file of LLaMA-Adapter needs the options `adapter_len` and `gate_activation`.
 
         Raises:
-            SurgeryError: See `read_llama_adapter`, `read_litgpt` and `load_config`.
+            SurgeryError: See `read_llama_adapter`, `read_litgpt` and `AdapterFolder`.
         """
         path = Path(source)
         if path.is_dir():
-            config, state = read_folder(model, path, is_trainable=False)
+            found = AdapterFolder.read(path)
+            config, state = config_for(model, found, is_trainable=False), found.state
         elif not path.is_file():
             return None
         elif {"adapter_len", "gate_activation"} <= options.keys():
@@ -213,7 +215,9 @@ class AdaptionPromptOperation(Operation[AdaptionPromptConfig]):
             StateError: A value is not finite; nothing was written.
         """
         config = self.parse_options(options)
-        SavableAdapter.prepare(folder, config, modules, for_peft=False).write(folder)
+        write_adapters(
+            {Path(folder): SavableAdapter.prepare(folder, config, modules, for_peft=False)}
+        )
 
 
 def adapter_rules(model: nn.Module, config: AdaptionPromptConfig) -> list[BoundRule]:

@@ -1,6 +1,5 @@
 """What `surgery show` says of folders with adapters: configuration and tensors, without a model."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery_adaption_prompt.checkpoints import CONFIG_FILE, load_config, load_state
+from surgery_adaption_prompt.checkpoints import CONFIG_FILE, AdapterFolder, written_values
 from surgery_adaption_prompt.config import OWN_TYPE, PEFT_TYPE, AdaptionPromptConfig
-from surgery_adaption_prompt.model import DEFAULT_ADAPTER
+from surgery_adaption_prompt.folders import DEFAULT_ADAPTER
 from surgery_adaption_prompt.parts import CONDITION_DOWN, GATE, PROMPT
 from surgery_adaption_prompt.status import AdapterStatus, described, tensors_status
-from surgery_core import Shown, StateError, listed
+from surgery_core import Shown, StateError, SurgeryError, listed
 
 COLUMNS = (
     *("adapter", "type", "layers", "K", "gate", "parameters", "bytes", "dtypes", "mean |gate|"),
@@ -33,12 +32,12 @@ class _SavedAdapter:
     notes: tuple[str, ...]
 
     @classmethod
-    def read(cls, name: str, folder: Path, peft_type: str) -> "_SavedAdapter":
-        config, state = load_config(folder), load_state(folder)
+    def of(cls, name: str, found: AdapterFolder, peft_type: str) -> "_SavedAdapter":
+        config, state = found.config(), found.state
         strange = sorted(key for key, found in state.items() if _is_complex_gate(key, found))
         if strange:
             msg = (
-                f"{str(folder)!r} is no adapter: expected real numbers, got complex ones under "
+                f"{found.folder!r} is no adapter: expected real numbers, got complex ones under "
                 f"{listed(strange)}. Pass a folder that save_pretrained wrote."
             )
             raise StateError(msg, mismatched=strange)
@@ -86,7 +85,11 @@ def show_folder(source: str) -> Shown | None:
         for name, folder in folders
         if (folder / CONFIG_FILE).is_file()
     ]
-    adapters = [_SavedAdapter.read(*item) for item in found if item[2] in OURS]
+    adapters = [
+        _SavedAdapter.of(name, AdapterFolder.read(folder), kind)
+        for name, folder, kind in found
+        if kind in OURS
+    ]
     if not adapters:
         return None
     notes = [note for adapter in adapters for note in adapter.notes]
@@ -109,9 +112,9 @@ def show_folder(source: str) -> Shown | None:
 def _peft_type(folder: Path) -> str:
     """Return the type that a configuration names, empty if it names none."""
     try:
-        values = json.loads((folder / CONFIG_FILE).read_text())
-    except (OSError, ValueError, RecursionError):
-        # Whose it is cannot be told; `load_config` says what is wrong with it.
+        values = written_values(folder)
+    except SurgeryError:
+        # Whose it is cannot be told; reading it says what is wrong with it.
         return OWN_TYPE
     return str(values.get("peft_type", "")) if isinstance(values, dict) else ""
 

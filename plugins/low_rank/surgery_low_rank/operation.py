@@ -36,6 +36,7 @@ from surgery_low_rank.options import (
     LowRankOptions,
     is_target,
     low_rank_schema,
+    names_layer,
     parameter_dtype,
 )
 from surgery_low_rank.rows import RowTerms
@@ -77,7 +78,7 @@ class LowRankOperation(Operation[LowRankOptions]):
         unmatched = [
             name
             for name in options.target_modules or ()
-            if not any(fqn == name or fqn.endswith(f".{name}") for fqn in layers)
+            if not any(names_layer(name, fqn) for fqn in layers)
         ]
         if unmatched:
             segments = sorted({fqn.rpartition(".")[2] for fqn in layers})
@@ -149,7 +150,7 @@ class LowRankOperation(Operation[LowRankOptions]):
             StateError: It is for a model with other layers.
         """
         folder = Path(source)
-        if not (folder / peft_format.CONFIG_FILE).is_file():
+        if not any((folder / name).is_file() for name in peft_format.FILES):
             return None
         saved = peft_format.read_folder(folder, model)
         return Saved(options={**saved.options, **options}, state=saved.state)

@@ -14,6 +14,10 @@ DType = Literal["float64", "float32", "float16", "bfloat16"]
 """Dtypes that parameters may be kept in."""
 
 
+WHOLE = "^"
+"""Begins one of the `target_modules` that is the whole FQN of a layer, not the end of one."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowRankOptions:
     """Which linear layers get two narrow matrices, and how; names are those of PEFT's `LoraConfig`.
@@ -24,8 +28,8 @@ class LowRankOptions:
         lora_dropout: Probability with which a feature of the input is dropped in training, on its
             way to the matrices alone.
         use_rslora: Divide `lora_alpha` by the square root of `r` instead.
-        target_modules: FQNs of layers, or their last segments; None means every linear layer that
-            the rule selects.
+        target_modules: FQNs of layers, or their last segments, or `^` with a whole FQN; None means
+            every linear layer that the rule selects.
         dtype: Of the two matrices; None means the base's, but at least float32.
         inference_mode: The matrices get no gradients.
 
@@ -77,14 +81,26 @@ class LowRankOptions:
 
 
 def is_target(fqn: str, options: LowRankOptions) -> bool:
-    """Tell whether a layer is among the `target_modules`, as PEFT does.
+    """Tell whether a layer is among the `target_modules`, as PEFT does, but for those with a `^`.
 
     Example:
         >>> is_target("model.layers.0.q_proj", LowRankOptions(target_modules=("q_proj",)))
         True
     """
     names = options.target_modules
-    return names is None or any(fqn == name or fqn.endswith(f".{name}") for name in names)
+    return names is None or any(names_layer(name, fqn) for name in names)
+
+
+def names_layer(name: str, fqn: str) -> bool:
+    """Tell whether one of the `target_modules` means a layer.
+
+    Example:
+        >>> names_layer("0.q", "talker.0.q"), names_layer("^0.q", "talker.0.q")
+        (True, False)
+    """
+    if name.startswith(WHOLE):
+        return fqn == name.removeprefix(WHOLE)
+    return fqn == name or fqn.endswith(f".{name}")
 
 
 def parameter_dtype(base: nn.Module, dtype: DType | None) -> torch.dtype:

@@ -2,29 +2,32 @@
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from surgery_core import (
     Saved,
     StateError,
     SurgeryError,
+    TensorFile,
     listed,
     one_writer,
+    read_tensor_file,
+    tensor_files,
     whole_tensors,
     write_files,
 )
 from surgery_low_rank.linear import A, B, LowRankLinear
-from surgery_low_rank.options import LowRankOptions, is_target
+from surgery_low_rank.options import WHOLE, LowRankOptions, is_target
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+FILES = (WEIGHTS_FILE, CONFIG_FILE)
 PREFIX = "base_model.model."
 
 _OWN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "inference_mode")
@@ -58,7 +61,8 @@ def read_folder(folder: Path, model: nn.Module) -> Saved:
             that this plugin does not; all reasons are named.
         StateError: The tensors are not those of linear layers of the model.
     """
-    config = _read_config(folder)
+    found = _read(folder)
+    config = _config_in(found)
     problems = _problems(config)
     if problems:
         msg = (
@@ -66,7 +70,7 @@ def read_folder(folder: Path, model: nn.Module) -> Saved:
             f"{'; '.join(problems)}. Use PEFT for it, or save it without that."
         )
         raise SurgeryError(msg)
-    state = _read_state(folder / WEIGHTS_FILE, model)
+    state = _state_in(found, model)
     fqns = sorted({key.rpartition(".")[0] for key in state})
     strange = [fqn for fqn in fqns if not _is_linear(model, fqn)]
     if strange:
@@ -82,7 +86,7 @@ def read_folder(folder: Path, model: nn.Module) -> Saved:
 def write_folder(
     folder: Path, options: LowRankOptions, modules: Mapping[str, LowRankLinear]
 ) -> None:
-    """Write a folder that PEFT loads; after an error it is as it was.
+    """Write a folder that PEFT loads.
 
     Layers are named by their whole FQNs, since PEFT has no other way to say which ones a rule chose.
     Where the matrices are sharded every process must call this, and the first one writes.
@@ -101,9 +105,7 @@ def write_folder(
         for fqn, module in modules.items()
         for name in (A, B)
     }
-    tensors = {
-        key: tensor.detach().contiguous().cpu() for key, tensor in whole_tensors(held).items()
-    }
+    tensors = whole_tensors(held)
     bad = [key for key, t in tensors.items() if t.is_meta or not bool(torch.isfinite(t).all())]
     if bad:
         msg = (
@@ -124,26 +126,38 @@ def write_folder(
         "lora_dropout": options.lora_dropout,
         "r": options.r,
         "target_modules": sorted(modules),
+        # PEFT takes every layer whose name ends with one of those.
+        "exclude_modules": _any_but(modules),
         "use_rslora": options.use_rslora,
     }
     with one_writer(held.values()) as is_writer:
         if is_writer:
-            _write(folder, config, tensors)
+            texts = {CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True)}
+            # As PEFT does: who trains saves often, and waits for no disk.
+            write_files(folder, tensor_files(WEIGHTS_FILE, tensors, texts), durable=False)
 
 
-def _write(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-    files = {
-        WEIGHTS_FILE: save(tensors, metadata={"format": "pt"}),
-        CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(),
-    }
-    # As PEFT does: who trains saves often, and waits for no disk.
-    write_files(folder, files, durable=False)
+def _any_but(fqns: Iterable[str]) -> str:
+    """Return a regular expression for any name but these."""
+    return rf"(?!(?:{'|'.join(map(re.escape, sorted(fqns)))})\Z).*"
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
+def _read(folder: Path) -> TensorFile:
+    path = folder / WEIGHTS_FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_tensor_file(path)
+    except (OSError, ValueError) as err:
+        msg = (
+            f"{os.fspath(path)!r} cannot be read: {err}. Pass a folder that save_pretrained wrote, "
+            "with safe_serialization."
+        )
+        raise SurgeryError(msg) from err
+
+
+def _config_in(saved: TensorFile) -> dict[str, Any]:
+    path = saved.path.with_name(CONFIG_FILE)
+    try:
+        found = json.loads(saved.text(CONFIG_FILE))
     except (OSError, ValueError, RecursionError) as err:
         msg = (
             f"{os.fspath(path)!r} cannot be read: {err}. Pass a folder that save_pretrained wrote."
@@ -171,19 +185,11 @@ def _problems(config: Mapping[str, Any]) -> list[str]:
     return [f"{name} is {value!r:.80}" for name, value in asked.items()]
 
 
-def _read_state(path: Path, model: nn.Module) -> dict[str, Tensor]:
+def _state_in(saved: TensorFile, model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors by `fqn.name`; PEFT adds weights of the base where the head has matrices."""
-    try:
-        found = load_file(path)
-    except (OSError, SafetensorError) as err:
-        msg = (
-            f"{os.fspath(path)!r} cannot be read: {err}. Pass a folder that save_pretrained wrote, "
-            "with safe_serialization."
-        )
-        raise SurgeryError(msg) from err
     state, strange = {}, []
     own = model.state_dict()
-    for key, tensor in found.items():
+    for key, tensor in saved.tensors.items():
         end = next((end for end in _ENDS if key.endswith(end)), None)
         if end is None or not key.startswith(PREFIX):
             base = own.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
@@ -194,7 +200,7 @@ def _read_state(path: Path, model: nn.Module) -> dict[str, Tensor]:
             state[key.removeprefix(PREFIX).removesuffix(end) + _ENDS[end]] = tensor
     if strange or not state:
         msg = (
-            f"{os.fspath(path)!r} is not of linear layers alone: expected keys like "
+            f"{os.fspath(saved.path)!r} is not of linear layers alone: expected keys like "
             f"'{PREFIX}layer.{A}.weight', got {listed(sorted(strange))}. Use PEFT for it."
         )
         raise StateError(msg, unexpected=strange)
@@ -216,7 +222,9 @@ def _targets(config: Mapping[str, Any], fqns: list[str], model: nn.Module) -> li
         found = [target_fqns(model, LowRankOptions(target_modules=(name,))) for name in names]
         if all(found) and fqns == sorted({fqn for each in found for fqn in each}):
             return sorted(names)
-    return fqns
+    # The name of one layer may be the end of another's.
+    is_exact = fqns == sorted(target_fqns(model, LowRankOptions(target_modules=tuple(fqns))))
+    return fqns if is_exact else [f"{WHOLE}{fqn}" for fqn in fqns]
 
 
 def target_fqns(model: nn.Module, options: LowRankOptions) -> list[str]:

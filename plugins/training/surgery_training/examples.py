@@ -3,10 +3,9 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from surgery_core import OptionsError, RecipeError, listed
+from surgery_core import OptionsError, RecipeError, listed, read_text
 from surgery_training.settings import Template
 
 IGNORED = -100
@@ -66,7 +65,7 @@ def read_dialogues(path: str) -> list[Dialogue]:
         RecipeError: It cannot be read, has no examples, or has lines that are none, which are named.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_text(path, encoding="utf-8-sig")
     except (OSError, ValueError) as err:
         msg = f"Examples {path!r} cannot be read: {err}. Pass a file with JSON on each line."
         raise RecipeError(msg) from err

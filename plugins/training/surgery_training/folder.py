@@ -2,16 +2,15 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery_core import OptionsError, listed
+from surgery_core import OptionsError, listed, read_text, write_files
 
-RECORD_FILE = "surgery.json"
-"""What a record is known by."""
+RECORD_FILES = ("surgery.safetensors", "surgery.json")
+"""What a record is known by; 0.1.0 wrote the second too."""
 
 RUN_FILE, CURVES_FILE = "training.json", "curves.svg"
 CHECKPOINTS, IDENTITY_FILE = "checkpoints", "run.json"
@@ -54,7 +53,7 @@ class RunFolder:
         """
         noted = self.checkpoints / IDENTITY_FILE
         if not noted.is_file():
-            if (self.path / RECORD_FILE).exists():
+            if any((self.path / name).exists() for name in RECORD_FILES):
                 msg = (
                     f"Folder {str(self.path)!r} has a record that is of no training: expected an "
                     "empty folder, or one to resume in. Pass another with --out."
@@ -69,7 +68,7 @@ class RunFolder:
                 "--resume to go on with it, or another folder with --out."
             )
             raise OptionsError(msg)
-        before = json.loads(noted.read_text(encoding="utf-8"))
+        before = json.loads(read_text(noted))
         changed = sorted(
             key for key in {*before, *identity} if before.get(key) != identity.get(key)
         )
@@ -105,7 +104,7 @@ class RunFolder:
         if not path.is_file():
             return None
         try:
-            data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            data: dict[str, Any] = json.loads(read_text(path))
             is_known = data["format"] == FORMAT and data["version"] <= VERSION
         except (OSError, ValueError, LookupError, TypeError) as err:
             msg = f"File {str(path)!r} is damaged: {err}. Restore it, or remove it."
@@ -121,12 +120,7 @@ class RunFolder:
 
 def write(path: Path, text: str) -> None:
     """Write a file whole: it is complete or not there, whenever the process dies."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with staged.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
+    write_files(path.parent, {path.name: text.encode()})
 
 
 def digest(path: str) -> str:

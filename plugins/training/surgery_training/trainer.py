@@ -13,12 +13,20 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from surgery_core import EditedModel, OptionsError, RecordError, read_record
+from surgery_core import (
+    EditedModel,
+    OptionsError,
+    RecordError,
+    pack_tensors,
+    read_record,
+    read_tensor_file,
+    read_text,
+    write_files,
+)
 from surgery_training.collators import Collator
 from surgery_training.examples import IGNORED, Tokens
 from surgery_training.history import GATE, LOSS, VALIDATION, History
@@ -368,11 +376,11 @@ class AdapterTrainer(Trainer):
         self.store(folder)
         if self.best is not None:
             flat = {
-                f"{name}:{key}": tensor.cpu().contiguous()
+                f"{name}:{key}": tensor
                 for name, tensors in self.best.items()
                 for key, tensor in tensors.items()
             }
-            save_file(flat, folder / BEST_FILE)
+            write_files(folder, {BEST_FILE: pack_tensors(flat, {})})
 
     def _get_output_dir(self, trial: Any) -> str:  # noqa: ANN401 (Trainer's)
         folder = Path(super()._get_output_dir(trial))
@@ -381,6 +389,9 @@ class AdapterTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ANN401 (Trainer's)
         folder = self._folder
         if self.is_world_process_zero():
+            if (folder / STAGING).is_symlink():
+                # Never written through.
+                (folder / STAGING).unlink()
             shutil.rmtree(folder / STAGING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.is_staging = True
@@ -404,7 +415,7 @@ class AdapterTrainer(Trainer):
             self.edited.load_(name, tensors)
         if (folder / BEST_FILE).is_file():
             best: dict[str, dict[str, Tensor]] = {name: {} for name in self.names}
-            for key, tensor in load_file(folder / BEST_FILE).items():
+            for key, tensor in read_tensor_file(folder / BEST_FILE).tensors.items():
                 name, _, own = key.partition(":")
                 best.setdefault(name, {})[own] = tensor
             self.best = best
@@ -453,7 +464,7 @@ def last_checkpoint(folder: Path) -> Path | None:
         return None
     try:
         read_record(found[-1])
-        json.loads((found[-1] / STATE_FILE).read_text(encoding="utf-8"))
+        json.loads(read_text(found[-1] / STATE_FILE))
     except (OSError, ValueError) as err:
         msg = f"Checkpoint {str(found[-1])!r} is damaged: {err} Remove it, to go on from another."
         raise RecordError(msg) from err
