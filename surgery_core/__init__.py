@@ -90,7 +90,7 @@ from surgery_core.shown import Shown, format_table
 from surgery_core.slots import Site, Slot, SlotIndex
 from surgery_core.surgery import Plan, Replacement, Surgery
 from surgery_core.swap import Loans, SwapState
-from surgery_core.tensor_files import (
+from surgery_core.tensor_file import (
     TensorFile,
     file_stamp,
     pack_tensors,

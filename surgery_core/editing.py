@@ -394,6 +394,7 @@ class EditedModel:
             state,
             subject=f"Tensors do not fit {name!r}",
             fix="Use the options and the model that they were saved with.",
+            beside=self.model.parameters(),
         )
         self.loaded.add(name)
 

@@ -24,7 +24,7 @@ from surgery_core.recipe import ModelRecipe
 from surgery_core.regular import open_regular, read_text
 from surgery_core.sharded import is_partitioned, one_writer, whole_tensors
 from surgery_core.shown import Shown
-from surgery_core.tensor_files import pack_tensors, unpack_tensors, values_of
+from surgery_core.tensor_file import pack_tensors, unpack_tensors, values_of
 
 TENSORS_FILE = "surgery.safetensors"
 """The file that is the record."""

@@ -1,6 +1,7 @@
 """Tensors by key: those that a replacement brought, and copying others into them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,12 @@ def owned_tensors(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
 
 
 def load_tensors_(
-    own: Mapping[str, Tensor], state: Mapping[str, Tensor], *, subject: str, fix: str
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    *,
+    subject: str,
+    fix: str,
+    beside: Iterable[Tensor] = (),
 ) -> None:
     """Copy tensors into others, all or none of them; dtype, device and sharding of those stay.
 
@@ -37,10 +43,12 @@ def load_tensors_(
         state: Exactly the same keys; the same values in each process.
         subject: How the error begins, for example `State does not fit the adapter`.
         fix: What the error tells the user to do.
+        beside: What the values will be computed with: they must be finite in its dtypes too.
 
     Raises:
         StateError: Keys are missing or unexpected, a shape or the kind of values differs, or a value
-            is not finite in the dtype it would get; all problems are named, nothing was copied.
+            is not finite in the dtype it would get, or would be cast to; all problems are named,
+            nothing was copied.
 
     Example:
         >>> weight = torch.zeros(2)
@@ -49,11 +57,13 @@ def load_tensors_(
         tensor([1., 1.])
     """
     state = whole_tensors(state)
+    # Narrower ones are of stored weights, which nothing is cast to.
+    dtypes = {t.dtype for t in beside if t.is_floating_point() and t.itemsize >= _MIN_ITEMSIZE}
     missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
     mismatched = [
         f"{name}: {problem}"
         for name in own.keys() & state.keys()
-        if (problem := _problem(state[name], own[name]))
+        if (problem := _problem(state[name], own[name], dtypes))
     ]
     if missing or unexpected or mismatched:
         msg = (
@@ -66,7 +76,10 @@ def load_tensors_(
             copy_into_(tensor, state[name])
 
 
-def _problem(given: Tensor, own: Tensor) -> str | None:
+_MIN_ITEMSIZE = 2
+
+
+def _problem(given: Tensor, own: Tensor, dtypes: AbstractSet[torch.dtype]) -> str | None:
     if is_partitioned(own):
         return "expected a parameter with values, got one that DeepSpeed has partitioned"
     if is_flattened(own):
@@ -75,6 +88,7 @@ def _problem(given: Tensor, own: Tensor) -> str | None:
         return f"expected shape {tuple(own.shape)}, got {tuple(given.shape)}"
     if given.is_floating_point() != own.is_floating_point():
         return f"expected {own.dtype} values, got {given.dtype}"
-    if not torch.isfinite(given.to(own.dtype)).all():
-        return f"values are not finite in {own.dtype}"
-    return None
+    taken = given.to(own.dtype)
+    others = sorted(dtypes - {own.dtype}, key=str) if own.is_floating_point() else []
+    bad = (dtype for dtype in (own.dtype, *others) if not torch.isfinite(taken.to(dtype)).all())
+    return next((f"values are not finite in {dtype}" for dtype in bad), None)

@@ -7,13 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.families import build, open_gates_, tokens
-from support.folders import without_header
+from support.folders import header_of, without_header
 from surgery_adaption_prompt import (
     AdaptionPromptConfig,
     AdaptionPromptModel,
     adapter_state,
     load_state_,
 )
+from surgery_adaption_prompt.checkpoints import folder_stamp
 
 from surgery_core import OptionsError, StateError, SurgeryError
 
@@ -99,6 +100,19 @@ def test_all_problems_are_named_and_nothing_is_loaded(model):
     )
     for name, tensor in adapter_state(modules).items():
         assert torch.equal(before[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("value", "base"), [(1e300, torch.float32), (1e38, torch.float16), (-7e4, torch.float16)]
+)
+def test_values_too_large_to_be_computed_with_are_refused_at_load(folder, value, base):
+    """In float16 the prompt is cast to the base's dtype, whatever its own is."""
+    rewrite(folder, lambda tensors: tensors.update({PROMPT: tensors[PROMPT].double()}))
+    AdaptionPromptModel.from_pretrained(build(dtype=base), folder, base_check="ignore").unload()
+    rewrite(folder, lambda tensors: tensors[PROMPT][0, 1, 2:3].fill_(value))
+
+    with pytest.raises(StateError, match=r"values are not finite in torch\.float"):
+        AdaptionPromptModel.from_pretrained(build(dtype=base), folder)
 
 
 def test_values_too_large_for_the_parameters_dtype_are_refused():
@@ -232,3 +246,79 @@ def test_the_name_of_the_base_is_written_unless_the_configuration_has_one(tmp_pa
         for folder in ("", "own")
     ]
     assert ["some/base", "another/base"] == names
+
+
+def test_layers_that_share_a_parameter_are_saved(model, tmp_path):
+    """As copies, as PEFT does: what is computed stays."""
+    first, second = model.adapter_modules("default").values()
+    second.adaption_prompt = first.adaption_prompt
+    expected = model(tokens()).logits
+
+    model.save_pretrained(tmp_path)
+
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    assert torch.equal(state[PROMPT], first.adaption_prompt)
+    assert torch.equal(state[PROMPT.replace("2", "1")], first.adaption_prompt)
+    again = AdaptionPromptModel.from_pretrained(build(), tmp_path)
+    assert torch.equal(expected, again(tokens()).logits)
+
+
+def test_what_belongs_to_the_tensors_stands_in_their_file_too(model, folder):
+    """Other files are for people and PEFT: whatever they say, the adapter is what was saved."""
+    header = header_of(folder / "adapter_model.safetensors")
+    texts = {path.name: path.read_text() for path in folder.glob("*.json")}
+    assert {"format": "pt", **texts} == header
+    assert {"adapter_config.json", "base_fingerprint.json"} == texts.keys()
+    expected = model(tokens()).logits
+
+    for change in (lambda p: p.write_text('{"adapter_len": 7}'), lambda p: p.unlink()):
+        for name in texts:
+            change(folder / name)
+        again = AdaptionPromptModel.from_pretrained(build(), folder, base_check="error")
+        assert torch.equal(expected, again(tokens()).logits)
+
+
+def test_the_same_adapter_is_the_same_bytes(model, folder, tmp_path):
+    model.save_pretrained(tmp_path / "again")
+
+    for name in ("adapter_model.safetensors", "adapter_config.json", "base_fingerprint.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+@pytest.mark.parametrize("is_pickled", [False, True])
+def test_a_folder_of_pefts_that_is_saved_anew_while_it_is_read_is_refused(
+    folder, monkeypatch, is_pickled
+):
+    """Its tensors are read before its configuration, which is then of another save."""
+    path = without_header(folder) / "adapter_model.safetensors"
+    if is_pickled:
+        torch.save(load_file(path), folder / "adapter_model.bin")
+        path.unlink()
+    other = AdaptionPromptModel(
+        build(), {"default": replace(CONFIG, gate_activation="tanh")}, "default"
+    )
+
+    def read_text(path, **_):
+        if path.name == "adapter_config.json":
+            other.save_pretrained(folder)
+        return path.read_text()
+
+    monkeypatch.setattr("surgery_core.tensor_file.read_text", read_text)
+
+    with pytest.raises(SurgeryError, match="Saved anew while it was read; read it again"):
+        AdaptionPromptModel.from_pretrained(build(), folder)
+    monkeypatch.undo()
+    again = AdaptionPromptModel.from_pretrained(build(), folder)
+    assert "tanh" == again.peft_config["default"].gate_activation
+
+
+def test_the_stamp_of_a_folder_changes_with_each_save(model, tmp_path):
+    folder = tmp_path / "a"
+    stamps = {folder_stamp(folder)}
+
+    for _ in range(3):
+        model.save_pretrained(folder)
+        stamps.add(folder_stamp(folder))
+        assert folder_stamp(folder) in stamps
+
+    assert 4 == len(stamps)

@@ -165,6 +165,21 @@ def test_renaming_keeps_the_adapter(model):
             "not begin with a dot. Choose another.",
         ),
         (
+            lambda m: m.rename_adapter("a", "adapter_config.json"),
+            "Adapter name 'adapter_config.json' cannot be saved: a file of that name is saved in the "
+            "same folder. Choose another.",
+        ),
+        (
+            lambda m: m.add_adapter("B", A),
+            "Adapter name 'B' cannot be saved: on some disks it is the same folder as 'b'. Choose "
+            "another.",
+        ),
+        (
+            lambda m: m.rename_adapter("a", "B"),
+            "Adapter name 'B' cannot be saved: on some disks it is the same folder as 'b'. Choose "
+            "another.",
+        ),
+        (
             lambda m: m.save_pretrained("nowhere", selected_adapters=["a", "c"]),
             "Variant 'c' does not exist: expected one of 'a', 'b'.",
         ),
@@ -187,6 +202,33 @@ def test_a_name_without_a_configuration_is_refused(base):
     assert str(caught.value) == (
         "Adapter 'b' has no configuration: configs has 'a'. Add one under that name."
     )
+
+
+def test_names_of_a_new_model_that_cannot_be_are_refused(base):
+    before = snapshot(base)
+
+    for names in (("a", "A"), ("nul",), ("x" * 300,), ("base_fingerprint.json",)):
+        with pytest.raises(VariantError, match="cannot be saved"):
+            AdaptionPromptModel(base, dict.fromkeys(names, A), names[0])
+
+    assert before == snapshot(base)
+
+
+def test_a_folder_is_not_loaded_under_a_name_that_cannot_be_saved(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    before = snapshot(model)
+
+    for name in ("B", "nul", "adapter_config.json"):
+        with pytest.raises(VariantError, match="cannot be saved"):
+            model.load_adapter(tmp_path / "b", name)
+
+    assert before == snapshot(model)
+
+
+def test_a_name_may_change_in_its_case_alone(model):
+    model.rename_adapter("a", "A")
+
+    assert ["A", "b"] == list(model.peft_config)
 
 
 def test_a_bad_second_configuration_leaves_the_base_untouched(base):

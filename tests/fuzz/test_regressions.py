@@ -162,6 +162,30 @@ def test_plans_of_other_adapters_than_the_recipes_are_refused(tmp_path):
     assert "got those of 'rules', 'wide', 'shift', 'other'" in str(refused)
 
 
+SIZES = {
+    "no values along a size that overflows": ([0, 2**63], "F32", b""),
+    "no values, of sizes whose product overflows": ([0, 2**62, 2**62], "F32", b""),
+    "a product that overflows": ([2**63, 2**63], "F32", b""),
+    "a size of more than 64 bits": ([2**70], "F32", b""),
+    "a negative size": ([-1], "F32", b""),
+    "many sizes": ([1] * 100_000, "F32", b"0000"),
+    "a dtype that torch has not": ([2], "F4", b"0"),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+@pytest.mark.parametrize("name", ["adapter", "low_rank", "record"])
+def test_sizes_in_a_header_that_overflow_are_refused(name, case, tmp_path):
+    shape, dtype, data = SIZES[case]
+    entry = {"dtype": dtype, "shape": shape, "data_offsets": [0, len(data)]}
+    header = json.dumps({"base_model.model.layers.0.up.lora_A.weight": entry}).encode()
+    files = dict(READERS[name].files())
+    (target,) = (key for key in files if key.endswith(".safetensors"))
+    files[target] = len(header).to_bytes(8, "little") + header + data
+
+    assert check(name, files, tmp_path) is not None
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
 def test_tensors_of_any_dtype_are_shown(dtype, tmp_path):
     files = READERS["adapter"].files()

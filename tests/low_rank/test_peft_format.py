@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from surgery_low_rank import plugin
 from torch import nn
 
-from surgery_core import ModelRecipe, OptionsError, Session, StateError, SurgeryError
+from surgery_core import ModelRecipe, NoMatchError, OptionsError, Session, StateError, SurgeryError
 
 CONFIG = {
     "peft_type": "LORA",
@@ -249,3 +249,93 @@ def test_values_that_are_not_finite_are_not_written(tmp_path):
         session().export(edited, "a", tmp_path / "second")
 
     assert not (tmp_path / "second").exists()
+
+
+class Tower(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer["q"](x))
+        return x
+
+
+class Two(Tower):
+    """Has layers whose names end with those of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.talker = Tower()
+
+    def forward(self, x):
+        return self.talker(super().forward(x))
+
+
+def two():
+    torch.manual_seed(1)
+    return Two().eval()
+
+
+@pytest.mark.peft
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("select", ["layers.*.q", "talker.layers.*.q", "layers.0.q"])
+def test_layers_whose_names_end_each_other_are_told_apart(tmp_path, select):
+    """By us, by PEFT, and in a record of what was read."""
+    import peft  # noqa: PLC0415 (only here)
+
+    rule = {"operation": "low_rank", "select": select, "options": {"r": 2, "lora_alpha": 3}}
+    recipe = ModelRecipe.model_validate({"adapters": {"a": rule}})
+    edited = session().plan_recipe(two(), recipe).apply()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for tensor in edited.tensors("a").values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    folder, plain = tmp_path / "exported", two()
+    with torch.no_grad():
+        for fqn in edited.variant("a"):
+            a, b = (edited.tensors("a")[f"{fqn}.lora_{which}"] for which in "AB")
+            plain.get_submodule(fqn).weight.add_(1.5 * b @ a)
+    expected = plain(X)
+
+    session().export(edited, "a", folder)
+
+    source = {"adapters": {"a": {"operation": "low_rank", "source": str(folder)}}}
+    again = session().plan_recipe(two(), ModelRecipe.model_validate(source)).apply()
+    torch.testing.assert_close(again.model(X), expected)
+    session().save(again, tmp_path / "record")
+    replayed = session().load(two(), tmp_path / "record")
+    assert edited.variant("a").keys() == replayed.variant("a").keys()
+    assert torch.equal(again.model(X), replayed.model(X))
+    theirs = peft.PeftModel.from_pretrained(two(), folder).eval()
+    torch.testing.assert_close(theirs(X), expected)
+
+
+def test_layers_that_share_a_matrix_are_exported_and_recorded(tmp_path):
+    rule = {"operation": "low_rank", "options": {"r": 2, "target_modules": ["q"]}}
+    recipe = ModelRecipe.model_validate({"adapters": {"a": rule}})
+    edited = session().plan_recipe(net(), recipe).apply()
+    edited.model[1].q.lora_A = edited.model[0].q.lora_A
+    with torch.no_grad():
+        for number, tensor in enumerate(edited.tensors("a").values()):
+            tensor.fill_(0.25 + number)
+    expected = edited.model(X)
+
+    session().export(edited, "a", tmp_path / "folder")
+    session().save(edited, tmp_path / "record")
+
+    assert torch.equal(expected, plan(str(tmp_path / "folder")).apply().model(X))
+    assert torch.equal(expected, session().load(net(), tmp_path / "record").model(X))
+
+
+def test_whole_names_begin_with_a_sign():
+    rule = {"operation": "low_rank", "options": {"target_modules": ["^layers.0.q", "1.q"]}}
+    found = session().plan_recipe(two(), ModelRecipe.model_validate({"adapters": {"a": rule}}))
+
+    fqns = {edit.fqn for edit in found.adapters["a"].plan.document.edits}
+
+    assert {"layers.0.q", "layers.1.q", "talker.layers.1.q"} == fqns
+    rule["options"]["target_modules"] = ["^0.q"]
+    with pytest.raises(NoMatchError, match=r"target_modules '\^0.q'"):
+        session().plan_recipe(two(), ModelRecipe.model_validate({"adapters": {"a": rule}}))

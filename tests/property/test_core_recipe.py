@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from surgery_core import Recipe, RecipeError, dump_recipe, load_recipe
 from surgery_core.documents import read_document, read_scalar, write_yaml
+from surgery_core.names import name_problem
 from surgery_core.recipe_document import escaped
 from surgery_core.recipe_schema import recipe_schema
 
@@ -33,8 +34,20 @@ values = st.recursive(
     max_leaves=6,
 )
 names = st.text(min_size=1, max_size=8).filter(
-    lambda name: name.isprintable() and name[0] != "." and not set(name) & set("/\\:")
+    lambda name: (
+        name.isprintable()
+        and name[0] != "."
+        and not set(name) & set("/\\:")
+        and name_problem(name) is None
+    )
 )
+
+
+def are_no_twins(found):
+    """Tell whether no disk takes two of the names for the same."""
+    return all(name_problem(name, found) is None for name in found)
+
+
 one_selector = st.sampled_from(
     ["", "a.b", "**.up", "layers.{-2..}", "regex:.*up$", "regex:^a$$", "class:torch.nn:Linear"]
 )
@@ -61,7 +74,7 @@ def models(draw):
             {
                 "adapters": st.dictionaries(
                     names.filter(lambda n: n != "rules"), adapters, max_size=3
-                )
+                ).filter(are_no_twins)
             },
             optional={
                 "source": texts,
@@ -81,8 +94,10 @@ def models(draw):
     return part
 
 
-recipes = st.dictionaries(names, models(), min_size=1, max_size=2).map(
-    lambda found: Recipe.model_validate({"models": found})
+recipes = (
+    st.dictionaries(names, models(), min_size=1, max_size=2)
+    .filter(are_no_twins)
+    .map(lambda found: Recipe.model_validate({"models": found}))
 )
 
 

@@ -98,6 +98,7 @@ def load_state_(modules: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -
         state,
         subject="State does not fit the adapter",
         fix="Load it with the configuration it was trained with, on the model it was trained for.",
+        beside=(found for module in modules.values() for found in module.parameters()),
     )
 
 
@@ -321,7 +322,9 @@ def _tensors_in(folder: Path) -> TensorFile:
     try:
         return read_tensor_file(path)
     except (OSError, ValueError) as err:
-        raise _unreadable(folder, WEIGHTS_FILE, err) from err
+        is_one = path.exists() or (folder / CONFIG_FILE).exists()
+        name = WEIGHTS_FILE if is_one else f"{WEIGHTS_FILE}, nor {CONFIG_FILE}"
+        raise _unreadable(folder, name, err) from err
 
 
 def _is_pickled(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from surgery_core.errors import StateError
+from surgery_core.errors import StateError, listed
 from surgery_core.regular import open_regular, read_text
 
 _SIZE_LEN = 8
@@ -19,6 +19,9 @@ _SIZE_LEN = 8
 
 _MAX_HEADER = 100_000_000
 """Bytes that safetensors reads of a header."""
+
+_MAX_DIMENSIONS = 64
+"""With more, torch can hold a tensor and not compute with it."""
 
 _TEXT = ".json"
 """How the names of texts end, which tells them from what other programs put in the metadata."""
@@ -165,6 +168,10 @@ def unpack_tensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     # document no set of errors.
     except Exception as err:
         raise ValueError(_damaged(err)) from err
+    many = [key for key, tensor in tensors.items() if tensor.ndim > _MAX_DIMENSIONS]
+    if many:
+        msg = f"tensors of more than {_MAX_DIMENSIONS} dimensions: {listed(many)}"
+        raise ValueError(msg)
     return tensors, _texts(header.get("__metadata__"))
 
 
