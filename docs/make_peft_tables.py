@@ -34,6 +34,25 @@ No pickle is unpacked: `.bin`, `.pth` and `.adapter` files are read with `weight
 litgpt 0.5.5 and later does not compute its own formula unless the model has a single key-value head: it splits its fused projection in the order of older releases.
 `read_litgpt` follows the formula, and warns where that matters.
 
+## What a saved adapter is
+
+| file | what it holds |
+|---|---|
+| `adapter_model.safetensors` | everything: the tensors under PEFT's names, and in the header, by file name, the text of each of the other files |
+| `adapter_config.json` | the configuration, for PEFT and for people |
+| `base_fingerprint.json` | what the base answered to a probe, for people; not in LoRA folders |
+
+Renaming the first file saves the adapter, so it cannot be mixed with the configuration of another save.
+Where a header has these texts, they are what is read, whatever the files next to it say: to change an adapter's configuration, load it and save it again.
+Folders of PEFT and of 0.1.0 have none in the header; their files are read, and if somebody saves to such a folder while it is read, that is an error.
+The same adapter is saved as the same bytes; parameters that layers share are written once for each of them, as PEFT does.
+
+A record is `surgery.safetensors` alone, with its JSON in the header under `surgery.json`.
+
+`safetensors.safe_open(path, "pt").metadata()` returns the texts of either.
+
+## Tested
+
 | format | direction | tensors in the test are made by | test |
 |---|---|---|---|
 """

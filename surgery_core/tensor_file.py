@@ -162,7 +162,7 @@ def unpack_tensors(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
         ValueError: It is damaged.
     """
     try:
-        tensors = load(data)
+        tensors = dict(sorted(load(data).items()))
         header = json.loads(data[_SIZE_LEN : _header_end(data)])
     # Whatever safetensors and torch make of damaged files, sizes that overflow among them; they
     # document no set of errors.
