@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from math import prod
 from typing import Any
 
 import torch
@@ -19,11 +20,14 @@ from surgery_core.carry import (
     shares_children,
     tensor_owners,
 )
-from surgery_core.errors import ContractError, SurgeryError, listed
+from surgery_core.errors import ContractError, OptionsError, SurgeryError, listed
 from surgery_core.operation import BoundRule, TensorSpec
 from surgery_core.plan import Claim, PlanDocument, draft
 from surgery_core.slots import RootCell, Site, SlotKind, check_holds, registered
 from surgery_core.transaction import OnWrite, Transaction
+
+_MAX_VALUES = 2**59
+"""Of a tensor: torch counts bytes in 63 bits, and values may have 16."""
 
 Observer = Callable[["Surgery"], None]
 """Told after the fact."""
@@ -130,6 +134,7 @@ class Plan:
 
         Raises:
             ContractError: A replacement does not keep what its operation declared.
+            OptionsError: A tensor that is declared is larger than any can be.
         """
         owners = cache(partial(tensor_owners, self.model))
         seen: set[int] = set()
@@ -261,6 +266,13 @@ class Surgery:
 
 def _build_one(claim: Claim, owners: Owners, seen: set[int]) -> Replacement:
     site = claim.site
+    large = [spec.name for spec in claim.effects.added if prod(spec.shape) >= _MAX_VALUES]
+    if large:
+        msg = (
+            f"Operation {claim.operation.name!r} asks for {listed(large)} at {site.fqn!r} with more "
+            f"values than a tensor can have ({_MAX_VALUES:,}). Choose smaller sizes."
+        )
+        raise OptionsError(msg)
     new = claim.operation.build(site, claim.options)
     subject = f"Operation {claim.operation.name!r} broke its contract at {site.fqn!r}"
     if not isinstance(new, nn.Module) or new is site.module or id(new) in seen:

@@ -5,12 +5,13 @@ import struct
 
 import pytest
 import torch
-from fuzz.readers import READERS, check
+from fuzz.readers import LOW_RANK, READERS, build, check
 from safetensors.torch import load, save
+from surgery_adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
 from surgery_adaption_prompt.show import show_folder
 from typer.testing import CliRunner
 
-from surgery_core import SurgeryError, load_pickled, load_recipe
+from surgery_core import ModelRecipe, OptionsError, SurgeryError, load_pickled, load_recipe
 from surgery_core.cli import app
 
 DEEP = b"[" * 100_000
@@ -160,6 +161,21 @@ def test_plans_of_other_adapters_than_the_recipes_are_refused(tmp_path):
     refused = check("record", {**files, "surgery.json": json.dumps(data).encode()}, tmp_path)
 
     assert "got those of 'rules', 'wide', 'shift', 'other'" in str(refused)
+
+
+@pytest.mark.parametrize("size", [2**60, 2**70, 10**400])
+def test_sizes_in_options_that_no_tensor_has_are_refused(size):
+    """They come from whoever calls, so nothing is there to compare them with."""
+    llama, toy = build(), READERS["low_rank"].make()
+    rule = {"operation": "low_rank", "select": "layers.*.up", "options": {"r": size}}
+    recipe = ModelRecipe.model_validate({"adapters": {"a": rule}})
+
+    for fields in ({"adapter_len": size}, {"adapter_len": 1, "condition_size": size}):
+        config = AdaptionPromptConfig(adapter_layers=1, **fields)
+        with pytest.raises(OptionsError, match="more values than a tensor can have"):
+            AdaptionPromptModel(llama, {"a": config}, "a")
+    with pytest.raises(OptionsError, match=r"asks for 'lora_A', 'lora_B' at 'layers\.0\.up'"):
+        LOW_RANK.plan_recipe(toy, recipe).apply()
 
 
 SIZES = {

@@ -339,3 +339,15 @@ def test_whole_names_begin_with_a_sign():
     rule["options"]["target_modules"] = ["^0.q"]
     with pytest.raises(NoMatchError, match=r"target_modules '\^0.q'"):
         session().plan_recipe(two(), ModelRecipe.model_validate({"adapters": {"a": rule}}))
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(1e300, "float64"), (1e38, "float32")])
+def test_values_that_are_too_large_for_the_base_are_refused_at_load(tmp_path, value, dtype):
+    tensors = {key: tensor.to(getattr(torch, dtype)) for key, tensor in state().items()}
+    tensors["base_model.model.1.q.lora_B.weight"][2, 1] = value
+    adapters = {"a": {"operation": "low_rank", "source": write(tmp_path, tensors)}}
+    base = net().half() if dtype == "float32" else net()
+    planned = session().plan_recipe(base, ModelRecipe.model_validate({"adapters": adapters}))
+
+    with pytest.raises(StateError, match=r"1.q.lora_B: values are not finite in torch\.float"):
+        planned.apply()
