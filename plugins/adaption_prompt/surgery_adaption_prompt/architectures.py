@@ -219,10 +219,10 @@ class TransformersAttention:
     def head_dim(self, base: nn.Module) -> int:
         """Return the size of a head's queries."""
         config = _config_of(base)
+        # One after the other: some configurations refuse to say what differs from layer to layer.
         sizes = (
-            getattr(base, "head_dim", None),
-            getattr(base, "head_size", None),
-            getattr(config, "head_dim", None),
+            getattr(owner, name, None)
+            for owner, name in ((base, "head_dim"), (base, "head_size"), (config, "head_dim"))
         )
         found = next((size for size in sizes if size is not None), None)
         return cast("int", found or config.hidden_size // config.num_attention_heads)

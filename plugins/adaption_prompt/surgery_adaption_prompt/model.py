@@ -25,7 +25,8 @@ from surgery_adaption_prompt.folders import (
 )
 from surgery_adaption_prompt.gate_plot import draw_gates
 from surgery_adaption_prompt.materialise import materialised
-from surgery_adaption_prompt.merged_bias import merged_bias_rule
+from surgery_adaption_prompt.merged_bias import Share, merged_bias_rule, merged_projections
+from surgery_adaption_prompt.merged_saving import bias_room, missing_biases, refuse_to_save
 from surgery_adaption_prompt.selection import MERGED, ROWS, Derived, prompt_modules, weights_of
 from surgery_adaption_prompt.status import ModelStatus, adapter_status, model_status
 from surgery_adaption_prompt.store import AdapterStore
@@ -230,17 +231,19 @@ class AdaptionPromptModel(AdapterManager):
             self.add_adapter(adapter_name, *materialised(parts))
 
     def merge_adapter(self) -> None:
-        """Put what is active into the bias of the output projections; for `adapter_len=1` only.
+        """Add what is active as constants at the output projections; for `adapter_len=1` only.
 
-        Nothing is computed for the prompt then; equal up to rounding. Activating an adapter, also
+        No attention to the prompt is computed then, only its value in each layer, in every pass, so
+        that adapters and base may go on changing; equal up to rounding. Activating an adapter, also
         the same one, takes it out again.
 
         Raises:
             OptionsError: A prompt is longer, the adapters are disabled, or there is none.
-            ContractError: An output projection is none we know how to give a bias.
+            ContractError: An output projection is of a kind that cannot be given a bias.
+            StateError: A bias would not be finite in the dtype of the base.
         """
         with self.sharing.lock:
-            rule = merged_bias_rule(self._active_prompts())
+            rule = merged_bias_rule(self._active_shares(), is_final=False)
             choice = self._selected_choice()
             self._derive(rule, Derived(kind=MERGED, variant=MERGED, choice=choice))
 
@@ -257,22 +260,37 @@ class AdaptionPromptModel(AdapterManager):
         self.set_adapter(self._selected_choice())
 
     def merge_and_unload(self) -> PreTrainedModel:
-        """Merge what is active as `merge_adapter` does, remove everything else, return the base.
+        """Write what is active into biases, remove everything else, return the base.
+
+        Where the base has no such biases, its configuration is changed so that it has (Llama's
+        `attention_bias`), with zeros for all others that come with them: the result can be saved and
+        loaded. A base whose class has no room for them (Qwen2, Mistral) refuses `save_pretrained`
+        from then on.
 
         Raises:
             OptionsError: See `merge_adapter`; nothing was changed.
             ContractError: Same.
+            StateError: Same.
         """
         with self.sharing.lock:
-            rule = merged_bias_rule(self._active_prompts())
+            shares = self._active_shares()
+            rule = merged_bias_rule(shares, is_final=True)
+            missing = missing_biases(self.model, merged_projections(shares))
+            room = bias_room(self.model, missing) if missing else None
+            if room is not None:
+                rule = merged_bias_rule(shares, is_final=True, zeros=room.projections)
             # Built before anything is taken out, so that whatever is refused is refused here.
             Plan.draft(self.model, [rule], originals=self.swap_state.originals()).build()
             base = self.unload()
             Plan.draft(base, [rule]).apply()
+            if room is not None:
+                room.take()
+            elif missing:
+                refuse_to_save(base, missing)
             return base
 
-    def _active_prompts(self) -> dict[str, AdaptedAttention]:
-        """Return the modules of what is active, if it can be merged."""
+    def _active_shares(self) -> dict[str, list[Share]]:
+        """Return what is active by FQN, if it can be merged."""
         self._require_enabled("merge_adapter")
         if self.sharing.is_in_force:
             msg = (
@@ -281,10 +299,11 @@ class AdaptionPromptModel(AdapterManager):
             )
             raise OptionsError(msg)
         require_unconditioned(self.active_adapters, self.peft_config, what="Merging")
-        for name in self.active_adapters:
-            prompt_modules(name, self.swap_state)
-        variant = self.swap_state.variant(self.swap_state.selected or "")
-        return {fqn: m for fqn, m in variant.items() if isinstance(m, AdaptedAttention)}
+        found: dict[str, list[Share]] = {}
+        for name, weight in weights_of(self._selected_choice()).items():
+            for fqn, module in prompt_modules(name, self.swap_state).items():
+                found.setdefault(fqn, []).append(Share.of(module, weight))
+        return found
 
     def save_pretrained(
         self,
