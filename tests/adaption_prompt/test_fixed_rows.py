@@ -65,28 +65,6 @@ def test_rows_are_as_with_names(dtype):
     assert not any("rows" in name for name in model.swap_state.names)
 
 
-def test_rows_beyond_the_names_are_the_bases():
-    model = make()
-    with model.disable_adapter():
-        base = logits(model)
-    with model.fixed_rows(8, adapter_len=7) as rows:
-        rows.assign(["legal"] * 8)
-        rows.assign(["fr"])
-        actual = logits(model)
-
-    assert torch.equal(base[1:], actual[1:])
-    assert not close(actual[0], base[0], 1e-3)
-
-
-def test_rows_of_gpt2_after_the_output_projection():
-    config = AdaptionPromptConfig(adapter_len=2, adapter_layers=3, project_output=False)
-    model = make(gpt2(), {"a": config, "b": config})
-    expected = logits(model, adapter_names=["a", "b", "__base__", "a"])
-    with model.fixed_rows(4) as rows:
-        rows.assign(["a", "b", "__base__", "a"])
-        assert close(logits(model), expected)
-
-
 class Counting:
     """A backend for `torch.compile` that counts graphs and runs them as they are."""
 
@@ -103,6 +81,186 @@ def _nothing_compiled():
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+def compiled_(model):
+    return torch.compile(model.get_base_model(), fullgraph=True, backend="eager")
+
+
+def alone(model, names, ids=IDS):
+    """Return the logits of rows computed one at a time, each with its adapter alone."""
+    found = []
+    for name, row in zip(names, ids, strict=True):
+        with model.disable_adapter() if name == "__base__" else model.activated(name):
+            found.append(logits(model, row[None]))
+    return torch.cat(found)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_nothing_compiled")
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
+def test_a_batch_of_several_times_the_rows_gives_each_to_rows_in_succession(is_compiled):
+    """As beam search lays them out; one graph for any number of names."""
+    model = make()
+    backend = Counting()
+    chosen = [["fr"], ["__base__"], ["fr", "legal"], ["legal", "__base__"], NAMES]
+    each = [[name for name in names for _ in range(4 // len(names))] for names in chosen]
+    expected = [alone(model, names) for names in each]
+    run = torch.compile(model.get_base_model(), fullgraph=True, backend=backend)
+    with model.fixed_rows(4, adapter_len=7) as rows, torch.no_grad():
+        for names, wanted in zip(chosen, expected, strict=True):
+            rows.assign(names)
+            assert close(run(IDS).logits if is_compiled else logits(model), wanted, 1e-5)
+
+    assert backend.graphs == is_compiled
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_nothing_compiled")
+@pytest.mark.parametrize(("rows_of_batch", "names"), [(3, ["fr", "legal"]), (2, NAMES)])
+def test_a_batch_that_is_no_multiple_of_the_rows_is_refused(rows_of_batch, names):
+    model = make()
+    with model.fixed_rows(4) as rows, torch.no_grad():
+        rows.assign(names)
+        with pytest.raises(OptionsError, match=f"Batch has {rows_of_batch} rows: expected"):
+            model(IDS[:rows_of_batch])
+        with pytest.raises(Exception, match=r"index.* out of (range|bounds)"):
+            compiled_(model)(IDS[:rows_of_batch])
+
+
+def test_beam_search_gives_the_beams_of_a_row_its_adapter():
+    model = make()
+    open_gates_(model.adapter_modules("fr"), seed=3, size=4.0)
+    search = {"max_new_tokens": 6, "num_beams": 2, "do_sample": False}
+    expected = [
+        model.generate(row[None], adapter_names=[name], **search)
+        for name, row in zip(["fr", "legal"], IDS[:2], strict=True)
+    ]
+    with model.fixed_rows(4) as rows:
+        rows.assign(["fr", "legal"])
+        actual = model.generate(IDS[:2], **search)
+
+    assert torch.equal(torch.cat(expected), actual)
+
+
+def hot_swap(model, folder):
+    other = make()
+    open_gates_(other.adapter_modules("legal"), seed=8, size=2.0)
+    other.save_pretrained(folder)
+    model.hotswap_adapter(folder / "legal", "legal")
+
+
+def load_other_base(model, _):
+    """A state dict taken with the rows in place has the base's tensors alone."""
+    state = {
+        key: tensor * 1.5 if "v_proj" in key else tensor
+        for key, tensor in model.state_dict().items()
+    }
+    model.load_state_dict(state)
+
+
+THROUGH_US = {
+    "hot swap": hot_swap,
+    "load_state_dict": load_other_base,
+    "double": lambda model, _: model.double(),
+    "half and back": lambda model, _: model.half().float(),
+}
+BY_HAND = {
+    "gate": lambda model, _: [
+        m.adaption_gate.mul_(-3) for m in model.adapter_modules("legal").values()
+    ],
+    "prompt": lambda model, _: [
+        m.adaption_prompt.mul_(-3) for m in model.adapter_modules("legal").values()
+    ],
+    "key projection": lambda model, _: model.model.model.layers[2].self_attn.k_proj.weight.add_(
+        0.3
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_nothing_compiled")
+@pytest.mark.parametrize("change", [*THROUGH_US, *BY_HAND])
+def test_rows_follow_what_changes(change, tmp_path):
+    """Uncompiled code at once, compiled code after changes through us, or after `refresh`."""
+    model = make()
+    ids = IDS[:2]
+    before = alone(model, ["fr", "legal"], ids)
+    with model.fixed_rows(2) as rows, torch.no_grad():
+        rows.assign(["fr", "legal"])
+        run = compiled_(model)
+        assert close(run(ids).logits, before, 1e-5)
+
+        {**THROUGH_US, **BY_HAND}[change](model, tmp_path)
+
+        actual = logits(model, ids)
+        if change in BY_HAND:
+            rows.refresh()
+        compiled = run(ids).logits
+    expected = alone(model, ["fr", "legal"], ids)
+    assert close(actual, expected, 1e-5)
+    assert close(compiled, expected, 1e-5)
+    assert "double" in change or "half" in change or not close(expected, before, 1e-3)
+
+
+def test_rows_of_a_half_precision_base_keep_buffers_that_hold_their_values():
+    """Gated values of float16 are wider than float16."""
+    model = make()
+    with model.fixed_rows(2) as rows:
+        rows.assign(["fr", "legal"])
+        model.half()
+        module = model.get_base_model().model.layers[2].self_attn
+        assert torch.float32 is module.adaption_row_value.dtype
+
+
+def test_assigned_adapters_stay():
+    model = make()
+    with model.fixed_rows(4) as rows:
+        rows.assign(["legal", "__base__"])
+        for call in (
+            lambda: model.delete_adapter("legal"),
+            lambda: model.rename_adapter("legal", "law"),
+        ):
+            with pytest.raises(VariantError, match="Adapter 'legal' is in use by fixed_rows"):
+                call()
+        assert model.is_in_use("legal")
+        rows.assign(["fr"])
+        assert not model.is_in_use("legal")
+        model.delete_adapter("legal")
+
+
+def test_rows_that_have_ended_are_not_assigned():
+    model = make()
+    with model.fixed_rows(4) as rows:
+        model.set_adapter("legal")
+        with pytest.raises(OptionsError, match="fixed_rows has ended, or another adapter was"):
+            rows.assign(["fr"])
+    with model.fixed_rows(4) as others:
+        with pytest.raises(OptionsError, match="Rows cannot be assigned"):
+            rows.assign(["fr"])
+        others.assign(["fr"])
+
+
+def test_rows_beyond_the_names_must_be_named():
+    model = make()
+    with model.disable_adapter():
+        base = logits(model)
+    with model.fixed_rows(8, adapter_len=7) as rows:
+        rows.assign(["legal"] * 8)
+        rows.assign(["fr", *["__base__"] * 3])
+        actual = logits(model)
+
+    assert torch.equal(base[1:], actual[1:])
+    assert not close(actual[0], base[0], 1e-3)
+
+
+def test_rows_of_gpt2_after_the_output_projection():
+    config = AdaptionPromptConfig(adapter_len=2, adapter_layers=3, project_output=False)
+    model = make(gpt2(), {"a": config, "b": config})
+    expected = logits(model, adapter_names=["a", "b", "__base__", "a"])
+    with model.fixed_rows(4) as rows:
+        rows.assign(["a", "b", "__base__", "a"])
+        assert close(logits(model), expected)
 
 
 @pytest.mark.slow
@@ -190,8 +348,7 @@ def test_another_adapter_may_be_activated_inside():
 
 def test_what_was_active_is_in_use_meanwhile():
     model = make()
-    with model.fixed_rows(4) as rows:
-        rows.assign(["legal"])
+    with model.fixed_rows(4):
         assert "fr" == model.active_adapter
         with pytest.raises(VariantError, match="Adapter 'fr' is in use by what is active"):
             model.delete_adapter("fr")

@@ -59,6 +59,7 @@ class AdapterManager(BaseFacade):
         self.sharing = Sharing(self.swap_state)
         self.peft_config: dict[str, AdaptionPromptConfig] = {}
         self._derived: Derived | None = None
+        self._rows: FixedRows | None = None
         self._latest: tuple[AdaptionPromptConfig, Plan] | None = None
 
     def add_adapter(
@@ -204,8 +205,9 @@ class AdapterManager(BaseFacade):
             derived = Derived(kind=ROWS, variant=self._derived_name(ROWS), choice=before)
             self._derive(rule, derived)
             modules = cast("dict[str, AdaptedAttention]", self.swap_state.variant(derived.variant))
+            rows = self._rows = FixedRows(modules, self._rows_of, max_rows=max_rows)
         try:
-            yield FixedRows(modules, self._rows_of, max_rows=max_rows)
+            yield rows
         finally:
             if self._derived is derived:
                 self.set_adapter(before)
@@ -261,8 +263,12 @@ class AdapterManager(BaseFacade):
         return choice if isinstance(choice, Composition) else None
 
     def is_in_use(self, adapter_name: str) -> bool:
-        """Tell whether an adapter is selected, alone or with others, or used by a thread."""
-        return adapter_name in self.active_adapters or self.sharing.is_used(adapter_name)
+        """Tell whether an adapter is selected, alone or with others, or used by a thread or rows."""
+        return (
+            adapter_name in self.active_adapters
+            or self.sharing.is_used(adapter_name)
+            or (self._rows is not None and adapter_name in self._rows.names)
+        )
 
     def adapter_bytes(self, adapter_name: str) -> int:
         """Return how many bytes the tensors of an adapter take.
@@ -335,6 +341,9 @@ class AdapterManager(BaseFacade):
         if self._derived is not None:
             self.swap_state.delete(self._derived.variant)
             self._derived = None
+        if self._rows is not None:
+            self._rows.is_open = False
+            self._rows = None
 
     def _derive(self, rule: BoundRule, derived: Derived, *, loans: Loans | None = None) -> None:
         """Add a variant made of adapters, and select it."""
@@ -394,6 +403,8 @@ class AdapterManager(BaseFacade):
             users.append("a thread or task")
         if self._derived is not None and name in self.active_adapters:
             users.append(f"what is active ({self._derived.choice})")
+        if self._rows is not None and name in self._rows.names:
+            users.append("fixed_rows")
         if users:
             msg = (
                 f"Adapter {name!r} is in use by {' and '.join(users)}: expected one that is not. "

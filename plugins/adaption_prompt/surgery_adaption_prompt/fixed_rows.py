@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from surgery_adaption_prompt.attention import AdaptedAttention, compose
 from surgery_adaption_prompt.config import AdaptionPromptConfig
 from surgery_adaption_prompt.functional import row_prompt_attention
 from surgery_adaption_prompt.parts import Attention, AttentionArchitecture, AttentionCall, Entry
-from surgery_adaption_prompt.rows import stacked_rows
+from surgery_adaption_prompt.rows import RowTerms, stacked_rows
 from surgery_core import (
     BoundRule,
     ContractError,
@@ -30,44 +30,69 @@ from surgery_core import (
 
 NAME = "adaption_prompt_fixed_rows"
 KEY, VALUE, BIAS = "adaption_row_key", "adaption_row_value", "adaption_row_bias"
+COUNT = "adaption_row_count"
 
 Rows = Mapping[str, Sequence[Sequence[Entry]]]
 """By FQN, for each row the adapters whose terms are added."""
 
 
 class BufferedPart:
-    """What each row of a batch gets at a module, read from buffers of the module."""
+    """What each row of a batch gets at a module.
+
+    Compiled and captured code reads buffers of the module, since it sees nothing else that changes.
+    All other code asks the adapters, as they are in that pass.
+
+    Attributes:
+        rows: What the rows were assigned; None if they all are the base's.
+    """
 
     def __init__(self, config: AdaptionPromptConfig, *, max_rows: int) -> None:
         self.config = config
         self.max_rows = max_rows
+        self.rows: RowTerms | None = None
 
     def term(self, attention: Attention, call: AttentionCall) -> Tensor:
-        """Return the term of the first rows; see `OwnTerm.term`.
+        """Return the term of the rows; see `OwnTerm.term`.
 
         Raises:
-            OptionsError: The batch has more rows than there is room for.
+            OptionsError: The batch has more rows than there is room for, or is no multiple of the
+                rows that were assigned.
         """
         batch = call.query.shape[0]
         if batch > self.max_rows:
             msg = f"Batch has {batch} rows: expected at most max_rows={self.max_rows}. Make room."
             raise OptionsError(msg)
-        key, value, bias = (getattr(attention, name)[:batch] for name in (KEY, VALUE, BIAS))
-        return row_prompt_attention(
-            call.query, key, value, bias, scaling=call.scaling, may_fuse=call.may_fuse
-        )
+        key, value, bias, count = (getattr(attention, name) for name in (KEY, VALUE, BIAS, COUNT))
+        if _is_captured(call.query):
+            # Row i of a batch of n times `count` rows is row i // n; the graph stays good, whatever
+            # the count is. For a batch that is no multiple the index is one that there is not.
+            row = torch.arange(batch, device=count.device)
+            row = torch.where(batch % count == 0, row * count // batch, self.max_rows)
+            found = (buffer.index_select(0, row) for buffer in (key, value, bias))
+            return row_prompt_attention(
+                call.query, *found, scaling=call.scaling, may_fuse=call.may_fuse
+            )
+        if self.rows is None:
+            # (batch, query_len, heads, value_dim): the term of the base is nothing.
+            return call.query.new_zeros(batch, call.query.shape[2], value.shape[1], value.shape[3])
+        return self.rows.term(call)
 
 
 class FixedRows:
     """Says which adapter each row of the batches to come gets, without new tensors.
 
-    What was compiled or captured stays good. Values are those the adapters have when they are
-    assigned: assign again after training.
+    What was compiled or captured stays good. It has the values that the adapters had when they were
+    assigned, loaded by `hotswap_adapter` or `load_state_dict`, or moved; after training, or after
+    writing to a tensor yourself, call `refresh`. Code that runs uncompiled sees such writes at once.
 
     Args:
         modules: The modules with buffers, by FQN.
         resolve: Looks up the adapters of some rows.
         max_rows: How many rows there is room for.
+
+    Attributes:
+        names: The adapter of each row, as they were assigned last.
+        is_open: Whether the modules are in the model, or will be when it is enabled.
     """
 
     def __init__(
@@ -80,18 +105,26 @@ class FixedRows:
         self._modules = modules
         self._resolve = resolve
         self._max_rows = max_rows
+        self.names: tuple[str, ...] = ()
+        self.is_open = True
 
     def assign(self, adapter_names: Sequence[str]) -> None:
-        """Give each row of a batch an adapter; rows beyond the last name are the base's.
+        """Give each row of a batch an adapter.
+
+        A batch of n times as many rows gives each to n rows in succession, as beam search lays them
+        out; any other batch is refused. Name `"__base__"` for rows that only fill a batch up.
 
         Args:
             adapter_names: An adapter for each row, or `"__base__"`.
 
         Raises:
-            OptionsError: There are more names than rows, or a prompt is longer than the buffers;
-                nothing was changed.
+            OptionsError: There are more names than rows, or a prompt is longer than the buffers, or
+                `fixed_rows` has ended; nothing was changed.
             VariantError: There is no such adapter; nothing was changed.
         """
+        if isinstance(adapter_names, str | bytes) or not isinstance(adapter_names, Sequence):
+            msg = f"adapter_names is {adapter_names!r}: expected a list with a name for each row."
+            raise OptionsError(msg)
         if not 0 < len(adapter_names) <= self._max_rows:
             msg = (
                 f"adapter_names has {len(adapter_names)} names: expected 1 to "
@@ -102,6 +135,12 @@ class FixedRows:
         if bad:
             msg = f"adapter_names has {bad[0]!r}: expected one adapter's name for each row."
             raise OptionsError(msg)
+        if not self.is_open:
+            msg = (
+                "Rows cannot be assigned: fixed_rows has ended, or another adapter was activated "
+                "inside. Call fixed_rows again."
+            )
+            raise OptionsError(msg)
         rows = self._resolve(adapter_names)
         self._check_places(rows)
         with torch.no_grad():
@@ -111,7 +150,15 @@ class FixedRows:
                 if fqn in rows
             }
             for fqn, module in self._modules.items():
-                _fill_(module, found.get(fqn))
+                _fill_(module, found.get(fqn), count=len(adapter_names))
+                (part,) = cast("tuple[BufferedPart]", module.parts)
+                part.rows = RowTerms(rows[fqn]) if fqn in rows else None
+        self.names = tuple(adapter_names)
+
+    def refresh(self) -> None:
+        """Give compiled code the values that the assigned adapters have now."""
+        if self.names and self.is_open:
+            self.assign(self.names)
 
     def _check_places(self, rows: Rows) -> None:
         """Refuse adapters for which the modules with buffers were not made."""
@@ -186,6 +233,8 @@ class FixedRowsOperation(Operation[None]):
             for name, found in ((KEY, key), (VALUE, value))
         }
         buffers[BIAS] = key.new_zeros(shape, dtype=dtype)
+        # All rows are the base's: any batch is a multiple of one of them.
+        buffers[COUNT] = key.new_ones((), dtype=torch.int64)
         part = BufferedPart(self._config, max_rows=self._max_rows)
         return compose(site.module, architecture, [part], {}, buffers=buffers)
 
@@ -206,9 +255,10 @@ def fixed_rows_rule(
     """
     configs = [part.config for found in adapters for m in found.values() for part in m.prompts]
     length = max(config.adapter_len for config in configs) if adapter_len is None else adapter_len
-    if max_rows < 1 or length < 1:
+    if not all(type(size) is int and size >= 1 for size in (max_rows, length)):
         msg = (
-            f"fixed_rows needs sizes of at least 1, got max_rows={max_rows}, adapter_len={length}."
+            f"fixed_rows needs sizes of at least 1, got max_rows={max_rows!r}, "
+            f"adapter_len={length!r}. Pass integers."
         )
         raise OptionsError(msg)
     if len({config.project_output for config in configs}) > 1:
@@ -224,6 +274,15 @@ def fixed_rows_rule(
         config=configs[0],
     )
     return BoundRule(rule=Rule(operation=NAME), operation=operation)
+
+
+def _is_captured(query: Tensor) -> bool:
+    """Tell whether what runs is written down, to be run again without Python."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]  # untyped in torch
+        or (query.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def _query(attention: nn.Module, architecture: AttentionArchitecture, rows: int) -> Tensor:
@@ -247,8 +306,15 @@ def _stacked(
     return key, value, bias
 
 
-def _fill_(module: AdaptedAttention, found: tuple[Tensor, Tensor, Tensor | None] | None) -> None:
+def _fill_(
+    module: AdaptedAttention, found: tuple[Tensor, Tensor, Tensor | None] | None, *, count: int
+) -> None:
+    if found is not None and getattr(module, KEY).dtype is not found[0].dtype:
+        # The model moved to a narrower dtype, which cannot hold all of them.
+        for name in (KEY, VALUE, BIAS):
+            module._buffers[name] = getattr(module, name).to(found[0].dtype)  # noqa: SLF001 (torch's registry)
     key, value, bias = (getattr(module, name) for name in (KEY, VALUE, BIAS))
+    getattr(module, COUNT).fill_(count)
     value.zero_()
     bias.zero_()
     if found is None:

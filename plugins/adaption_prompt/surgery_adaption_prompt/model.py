@@ -1,11 +1,11 @@
 """`AdaptionPromptModel`: many adapters over one base model, with the names PEFT users know."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from surgery_adaption_prompt.adapters import AdapterManager
@@ -431,6 +431,23 @@ class AdaptionPromptModel(AdapterManager):
             check_base(found, self.adapter_modules(adapter_name), policy=base_check)
             load_state_(modules, found.state)
             self.peft_config[adapter_name] = replace(config, dtype=own.dtype)
+            self._refresh_rows()
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (torch's signature)
+        """Load what `state_dict` gave; rows in buffers follow the base."""
+        found = super().load_state_dict(*args, **kwargs)
+        self._refresh_rows()
+        return found
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 (torch's signature)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._refresh_rows()
+        return self
+
+    def _refresh_rows(self) -> None:
+        """Give compiled code what assigned adapters have now."""
+        if self._rows is not None:
+            self._rows.refresh()
 
     @classmethod
     def from_pretrained(
