@@ -87,9 +87,9 @@ class AdaptersChange(AdaptersWalk):
                 self.plain.delete(name)
 
     def is_shared(self, name):
-        """Tell whether an adapter is used by a thread, or part of what is active."""
+        """Tell whether an adapter is used by a thread or rows, or part of what is active."""
         is_part = self.plain.variant is None and name in weights_of(self.plain.selected)
-        return is_part or name in self.plain.used
+        return is_part or name in self.plain.used | self.plain.assigned
 
     @rule(code=codes)
     def rename(self, code):

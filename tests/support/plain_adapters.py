@@ -150,7 +150,7 @@ class OpenRows:
     fqns: set
     length: int
     max_rows: int
-    view: View
+    names: tuple = ()
     is_in_force: bool = True
 
 
@@ -172,7 +172,6 @@ class PlainAdapters:
     selected: object = None
     kind: str = "plain"
     is_enabled: bool = True
-    frozen: View | None = None
     rows: OpenRows | None = None
 
     @property
@@ -191,8 +190,14 @@ class PlainAdapters:
         return set(names_of(choice for stack in self.stacks for top in stack for choice in top))
 
     @property
+    def assigned(self):
+        """Names of adapters that rows were assigned."""
+        in_force = self.rows is not None and self.rows.is_in_force
+        return set(names_of(self.rows.names)) if in_force else set()
+
+    @property
     def in_use(self):
-        return self.used | set(weights_of(self.selected))
+        return self.used | self.assigned | set(weights_of(self.selected))
 
     @property
     def is_shared(self):
@@ -241,7 +246,7 @@ class PlainAdapters:
         self.try_to_select(choice)
         if self.rows is not None and self.kind == "rows":
             self.rows.is_in_force = False
-        self.selected, self.kind, self.frozen = choice, "plain", None
+        self.selected, self.kind = choice, "plain"
 
     def enable(self):
         self.try_to_enable()
@@ -253,19 +258,16 @@ class PlainAdapters:
             self.follow(weights_of(self.selected))
 
     def merge(self):
-        self.frozen = self._view((self.selected,), is_exact=False)
         self.kind = "merged"
 
     def open_rows(self, max_rows, adapter_len):
         longest = max(adapter.tensors.config.adapter_len for adapter in self.known.values())
         fqns = set().union(*(adapter.tensors.fqns for adapter in self.known.values()))
-        base = View((BASE,), {}, is_exact=False, dtype=self.dtype)
-        self.rows = OpenRows(self.selected, fqns, adapter_len or longest, max_rows, base)
-        self.kind, self.frozen = "rows", None
+        self.rows = OpenRows(self.selected, fqns, adapter_len or longest, max_rows)
+        self.kind = "rows"
 
     def assign(self, names):
-        choices = (*names, *[BASE] * (self.rows.max_rows - len(names)))
-        self.rows.view = self._view(choices, is_exact=False)
+        self.rows.names = tuple(names)
 
     def try_to_delete(self, name):
         """See `try_to_enable`: the next adapter takes the place of the active one."""
@@ -289,10 +291,6 @@ class PlainAdapters:
         self.dtype = dtype
         for name in self.active if is_base_alone else self.known:
             self.known[name].cast(dtype)
-        if self.frozen is not None:
-            self.frozen = _narrowed(self.frozen, dtype)
-        if self.rows is not None:
-            self.rows.view = _narrowed(self.rows.view, dtype)
 
     def is_in_context(self, place):
         return place is not None and bool(self.stacks[place])
@@ -309,9 +307,9 @@ class PlainAdapters:
         """Return what a thread computes with, or, for None, one that uses what is active."""
         if not self.is_in_context(place) and self.is_enabled:
             if self.kind == "merged":
-                return self.frozen
+                return self._view((self.selected,), is_exact=False)
             if self.kind == "rows":
-                return self.rows.view
+                return self._view(self.rows.names or (BASE,), is_exact=False)
         choices = self.choices(place)
         is_single = len(choices) == 1 and not isinstance(choices[0], Composition)
         return self._view(choices, is_exact=is_single)

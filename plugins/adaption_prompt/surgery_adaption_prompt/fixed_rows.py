@@ -105,6 +105,7 @@ class FixedRows:
         self._modules = modules
         self._resolve = resolve
         self._max_rows = max_rows
+        self._rows: Rows = {}
         self.names: tuple[str, ...] = ()
         self.is_open = True
 
@@ -143,6 +144,19 @@ class FixedRows:
             raise OptionsError(msg)
         rows = self._resolve(adapter_names)
         self._check_places(rows)
+        self._fill(rows, count=len(adapter_names))
+        for fqn, module in self._modules.items():
+            (part,) = cast("tuple[BufferedPart]", module.parts)
+            part.rows = RowTerms(rows[fqn]) if fqn in rows else None
+        self._rows, self.names = rows, tuple(adapter_names)
+
+    def refresh(self) -> None:
+        """Give compiled code the values that the assigned adapters have now."""
+        if self.names:
+            self._fill(self._rows, count=len(self.names))
+
+    def _fill(self, rows: Rows, *, count: int) -> None:
+        """Write the buffers, after everything that goes into them has been computed."""
         with torch.no_grad():
             found = {
                 fqn: _stacked(module, rows[fqn])
@@ -150,15 +164,7 @@ class FixedRows:
                 if fqn in rows
             }
             for fqn, module in self._modules.items():
-                _fill_(module, found.get(fqn), count=len(adapter_names))
-                (part,) = cast("tuple[BufferedPart]", module.parts)
-                part.rows = RowTerms(rows[fqn]) if fqn in rows else None
-        self.names = tuple(adapter_names)
-
-    def refresh(self) -> None:
-        """Give compiled code the values that the assigned adapters have now."""
-        if self.names and self.is_open:
-            self.assign(self.names)
+                _fill_(module, found.get(fqn), count=count)
 
     def _check_places(self, rows: Rows) -> None:
         """Refuse adapters for which the modules with buffers were not made."""

@@ -8,11 +8,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from surgery_adaption_prompt.base_check import BaseCheck
 from surgery_adaption_prompt.checkpoints import CONFIG_FILE, expected_bytes
+from surgery_adaption_prompt.file_stamps import Stamp, folder_stamp
 from surgery_adaption_prompt.folders import check_name
+from surgery_adaption_prompt.store_host import Host
 from surgery_core import OptionsError, SurgeryError, VariantError, listed
 
 
@@ -31,37 +33,6 @@ class StoreError(SurgeryError, MemoryError):
 
 # Tracebacks then show the name a user imports.
 StoreError.__module__ = "surgery_adaption_prompt"
-
-
-class Host(Protocol):
-    """A model that takes adapters in and gives them up, as `AdaptionPromptModel` does.
-
-    A store calls all of this while it holds its lock, so a lock of the host's own must not be held
-    by a thread that waits for the store.
-    """
-
-    @property
-    def peft_config(self) -> Mapping[str, object]:
-        """Configurations of its adapters by name; new objects for those that got other values."""
-
-    def add_from_folder(
-        self,
-        model_id: str | os.PathLike[str],
-        adapter_name: str,
-        *,
-        is_trainable: bool = False,
-        base_check: BaseCheck = "warn",
-    ) -> None:
-        """Add an adapter from a folder, not in use; after an error nothing was added."""
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter."""
-
-    def adapter_bytes(self, adapter_name: str) -> int:
-        """Return how many bytes the tensors take that deleting an adapter would free."""
-
-    def is_in_use(self, adapter_name: str) -> bool:
-        """Tell whether an adapter is selected, or part of what is active or computed now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,11 +62,13 @@ class _Loaded:
         config: That object.
         num_bytes: What it takes; in proportion to what was expected of its file, so to its dtype.
         expected: Of the file.
+        stamp: Of its files when it was loaded.
     """
 
     config: object
     num_bytes: int
     expected: int
+    stamp: Stamp
 
 
 class AdapterStore:
@@ -103,7 +76,9 @@ class AdapterStore:
 
     A subfolder is what `save_pretrained` writes for an adapter of its name. What is not loaded takes
     no memory; what is loaded is frozen, so evicting it loses nothing. Where there is a budget, those
-    least recently asked for make room.
+    least recently asked for make room. An adapter that was saved anew since it was loaded is loaded
+    again when it is next asked for, unless it is in use or leased: then it stays as it is until it is
+    asked for when it is free.
 
     Invariant: after every call that loaded, what this store loaded takes at most `max_bytes`. Never
     evicted are adapters that are pinned, leased or in use, and those the store did not load: added
@@ -193,7 +168,7 @@ class AdapterStore:
         """Have all of these adapters in the model, or raise and have added none.
 
         Adapters that the model has from elsewhere under these names are left alone, and are neither
-        hits nor misses. The folders of the others are checked, headers of the tensors included,
+        hits nor misses. Those that were saved anew are evicted and loaded again. The folders of the others are checked, headers of the tensors included,
         before anything changes. Then they are loaded one by one, each after as many others have been
         evicted as it needs room.
 
@@ -215,10 +190,11 @@ class AdapterStore:
         with self._lock:
             self._bind(host)
             present = host.peft_config
-            missing = [name for name in wanted if name not in present]
-            hits = [name for name in wanted if self._has_loaded(host, name)]
+            stale = [name for name in wanted if self._is_stale(host, name)]
+            missing = [name for name in wanted if name not in present or name in stale]
+            hits = [n for n in wanted if n not in stale and self._has_loaded(host, n)]
             if missing:
-                self._load_all(host, missing, wanted)
+                self._load_all(host, missing, wanted, stale=stale)
             for name in wanted:
                 if name in self._loaded:
                     self._loaded.move_to_end(name)
@@ -329,19 +305,31 @@ class AdapterStore:
                 num_bytes=self._num_bytes() if is_bound else 0,
             )
 
-    def _load_all(self, host: Host, missing: Collection[str], wanted: Collection[str]) -> None:
-        """Load adapters that the host has not got, all or none."""
+    def _load_all(
+        self,
+        host: Host,
+        missing: Collection[str],
+        wanted: Collection[str],
+        *,
+        stale: Collection[str],
+    ) -> None:
+        """Load adapters that the host has not got, or has as they were before, all or none."""
         folders = self._require_folders(missing)
+        # Before they are read: what is saved meanwhile is loaded the next time.
+        stamps = {name: self._stamp(name) for name in folders}
         sizes = {name: expected_bytes(folder) for name, folder in folders.items()}
         self._refresh()
-        self._victims(host, sum(sizes.values()), wanted)
+        freed = sum(self._loaded[name].num_bytes for name in stale)
+        self._victims(host, sum(sizes.values()) - freed, wanted)
+        for name in stale:
+            self._evict(host, name)
         added: list[str] = []
         try:
             for name, folder in folders.items():
                 self._make_room(host, sizes[name], wanted)
                 host.add_from_folder(folder, name, is_trainable=False, base_check=self._base_check)
                 added.append(name)
-                self._note(host, name, sizes[name])
+                self._note(host, name, sizes[name], stamps[name])
             # It may be more than was expected of the files.
             self._make_room(host, 0, wanted)
         except BaseException:
@@ -384,10 +372,23 @@ class AdapterStore:
             raise StoreError(msg, num_bytes=total, max_bytes=self._max_bytes)
         return victims
 
-    def _note(self, host: Host, name: str, expected: int) -> None:
+    def _note(self, host: Host, name: str, expected: int, stamp: Stamp) -> None:
         """Note an adapter as loaded by this store, as it is now."""
         num_bytes = host.adapter_bytes(name)
-        self._loaded[name] = _Loaded(host.peft_config[name], num_bytes, expected)
+        self._loaded[name] = _Loaded(host.peft_config[name], num_bytes, expected, stamp)
+
+    def _stamp(self, name: str) -> Stamp:
+        # No Path objects: an adapter is asked for with each request.
+        return folder_stamp(f"{self._folder}{os.sep}{name}")
+
+    def _is_stale(self, host: Host, name: str) -> bool:
+        """Tell whether an adapter was saved anew since it was loaded, and may be exchanged now.
+
+        One whose folder is gone is served on.
+        """
+        if not self._has_loaded(host, name) or name in self._leases or host.is_in_use(name):
+            return False
+        return name in self and self._stamp(name) != self._loaded[name].stamp
 
     def _evict(self, host: Host, name: str) -> None:
         host.delete_adapter(name)
@@ -441,7 +442,7 @@ class AdapterStore:
         some = {*self._asked, *by_dtype.values()}
         if any(host.adapter_bytes(name) != self._loaded[name].num_bytes for name in some):
             for name, loaded in list(self._loaded.items()):
-                self._note(host, name, loaded.expected)
+                self._note(host, name, loaded.expected, loaded.stamp)
         # What is in use may be taken out, and put back when the base has moved.
         self._asked = {name for name in self._asked if host.is_in_use(name)}
         return host
