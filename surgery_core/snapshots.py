@@ -176,7 +176,9 @@ def _written(value: object) -> object:
     """Return where a tensor's values are, and how often PyTorch has counted writes to them."""
     if not isinstance(value, Tensor):
         return repr(value)
-    return value.shape, value.dtype, id(value), value._version  # noqa: SLF001 (no public name)
+    # Tensors made in inference mode count no writes.
+    version = None if value.is_inference() else value._version  # noqa: SLF001 (no public name)
+    return value.shape, value.dtype, id(value), version
 
 
 def _modules_in(value: object) -> Iterator[nn.Module]:

@@ -138,7 +138,10 @@ class Plan:
         """
         owners = cache(partial(tensor_owners, self.model))
         seen: set[int] = set()
-        return tuple(_build_one(claim, owners, seen) for claim in self.claims)
+        # Servers load adapters in inference mode; what is made there could not be written, moved or
+        # trained outside it.
+        with torch.inference_mode(mode=False):
+            return tuple(_build_one(claim, owners, seen) for claim in self.claims)
 
     def apply(self, *, on_write: OnWrite | None = None, in_place: bool = False) -> "Surgery":
         """Replace everything, or change nothing and raise.

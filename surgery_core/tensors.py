@@ -71,15 +71,28 @@ def load_tensors_(
             f"{listed(sorted(unexpected))}; mismatched {listed(sorted(mismatched))}. {fix}"
         )
         raise StateError(msg, missing=missing, unexpected=unexpected, mismatched=mismatched)
-    with torch.no_grad():
+    written: list[tuple[Tensor, Tensor]] = []
+    try:
         for name, tensor in own.items():
-            copy_into_(tensor, state[name])
+            written.append((tensor, tensor.detach().clone()))
+            _copy_into_(tensor, state[name])
+    except BaseException:
+        # Whatever it was, an interrupt included: not a mixture of two states.
+        for tensor, before in reversed(written):
+            _copy_into_(tensor, before)
+        raise
+
+
+def _copy_into_(tensor: Tensor, values: Tensor) -> None:
+    # Tensors made in inference mode can be written in it alone.
+    with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
+        copy_into_(tensor, values)
 
 
 _MIN_ITEMSIZE = 2
 
 
-def _problem(given: Tensor, own: Tensor, dtypes: AbstractSet[torch.dtype]) -> str | None:
+def _problem(given: Tensor, own: Tensor, others: AbstractSet[torch.dtype]) -> str | None:
     if is_partitioned(own):
         return "expected a parameter with values, got one that DeepSpeed has partitioned"
     if is_flattened(own):
@@ -88,7 +101,10 @@ def _problem(given: Tensor, own: Tensor, dtypes: AbstractSet[torch.dtype]) -> st
         return f"expected shape {tuple(own.shape)}, got {tuple(given.shape)}"
     if given.is_floating_point() != own.is_floating_point():
         return f"expected {own.dtype} values, got {given.dtype}"
-    taken = given.to(own.dtype)
-    others = sorted(dtypes - {own.dtype}, key=str) if own.is_floating_point() else []
-    bad = (dtype for dtype in (own.dtype, *others) if not torch.isfinite(taken.to(dtype)).all())
+    cast = given.to(own.dtype)
+    if not given.is_floating_point():
+        fits = torch.equal(cast.to(given.dtype), given)
+        return None if fits else f"values do not fit in {own.dtype}"
+    dtypes = (own.dtype, *sorted(others - {own.dtype}, key=str))
+    bad = (dtype for dtype in dtypes if not torch.isfinite(cast.to(dtype)).all())
     return next((f"values are not finite in {dtype}" for dtype in bad), None)

@@ -1,9 +1,11 @@
 """The only writer: every change to a model goes through a transaction that can take it back."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Self
 
+import torch
 from torch import nn
 
 from surgery_core.slots import Slot, SlotKind, check_holds
@@ -158,8 +160,14 @@ def passing_places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 
 
 def _set_requires_grad(parameter: nn.Parameter, places: Places, *, value: bool) -> None:
-    parameter.requires_grad_(value)
+    _flag(parameter, value=value)
     for module, name in places:
         now = module._parameters.get(name)  # noqa: SLF001 (torch's registry)
         if now is not None and now is not parameter:
-            now.requires_grad_(value)
+            _flag(now, value=value)
+
+
+def _flag(parameter: nn.Parameter, *, value: bool) -> None:
+    # Parameters made in inference mode can be made trainable in it alone.
+    with torch.inference_mode() if parameter.is_inference() else nullcontext():
+        parameter.requires_grad_(value)

@@ -9,7 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError, install_import_hook
 from support.reference import reference_term
-from surgery_adaption_prompt.functional import activate_gate, gated_prompt_attention
+from surgery_adaption_prompt.functional import (
+    activate_gate,
+    gated_prompt_attention,
+    gated_row_prompt_attention,
+)
 
 FLOAT64 = 1e-12
 
@@ -127,3 +131,29 @@ def test_shapes_in_the_signature_are_true():
             checked.gated_prompt_attention(query, key[:, :2], value, gates, scaling=0.5)
     finally:
         sys.modules[name] = original
+
+
+def test_float16_rows_of_conditioned_adapters_hold_values_that_float16_cannot():
+    """Values near the largest float16 times a gate of two, which cancel again in the sum."""
+    torch.manual_seed(0)
+    rows, kv_heads, length, prompt_len, head_dim = 2, 2, 3, 4, 4
+    gates = torch.tensor([2.0, -1.5, 0.5, 3.0])
+    query = torch.randn(rows, 4, length, head_dim).half()
+    key = torch.randn(rows, kv_heads, prompt_len, head_dim).half()
+    value = 60000 * torch.tensor([1.0, -1.0, 1.0, -1.0]).view(4, 1).expand(4, head_dim)
+    value = (value + torch.randn(rows, kv_heads, prompt_len, head_dim) * 100).half()
+    # Equal logits, so that the shares are all a quarter and the large values cancel.
+    key[:] = key[:, :, :1]
+    expected = torch.stack(
+        [
+            gates[head].double() * value[:, head // 2].double().mean(dim=1)
+            for head in range(len(gates))
+        ],
+        dim=1,
+    )[:, None].expand(-1, length, -1, -1)
+
+    actual = gated_row_prompt_attention(query, key, value, gates, scaling=0.5)
+
+    assert torch.float16 is actual.dtype
+    assert torch.isfinite(actual).all()
+    assert (actual.double() - expected).abs().max() <= 2e-3 * expected.abs().max()

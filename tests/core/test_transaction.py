@@ -162,3 +162,23 @@ def test_a_slot_written_twice_is_undone_to_what_it_held_first():
     transaction.undo(subject="Model", fix="Fix it.")
 
     assert model[0] is first
+
+
+def test_flags_reach_what_came_in_a_parameters_stead_and_pass_over_what_is_gone():
+    """As where accelerate loads weights with each call, or a module lost its bias since."""
+    there, gone, other = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+    parameter = nn.Parameter(there.weight.detach().clone())
+    gone.weight = None
+    other.weight = parameter
+    places = [(there, "weight"), (gone, "weight"), (gone, "never"), (other, "weight")]
+
+    with Transaction() as transaction:
+        transaction.set_requires_grad(parameter, value=False, places=places)
+
+    assert not parameter.requires_grad
+    assert not there.weight.requires_grad
+    assert there.bias.requires_grad
+    assert gone.weight is None
+    transaction.undo(subject="The transaction", fix="Stop.")
+    assert parameter.requires_grad
+    assert there.weight.requires_grad

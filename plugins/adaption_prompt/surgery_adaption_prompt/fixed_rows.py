@@ -157,7 +157,8 @@ class FixedRows:
 
     def _fill(self, rows: Rows, *, count: int) -> None:
         """Write the buffers, after everything that goes into them has been computed."""
-        with torch.no_grad():
+        # Also for who asks in inference mode: buffers made there could not be written outside it.
+        with torch.inference_mode(mode=False), torch.no_grad():
             found = {
                 fqn: _stacked(module, rows[fqn])
                 for fqn, module in self._modules.items()
@@ -315,10 +316,14 @@ def _stacked(
 def _fill_(
     module: AdaptedAttention, found: tuple[Tensor, Tensor, Tensor | None] | None, *, count: int
 ) -> None:
-    if found is not None and getattr(module, KEY).dtype is not found[0].dtype:
-        # The model moved to a narrower dtype, which cannot hold all of them.
-        for name in (KEY, VALUE, BIAS):
-            module._buffers[name] = getattr(module, name).to(found[0].dtype)  # noqa: SLF001 (torch's registry)
+    for name in (KEY, VALUE, BIAS, COUNT):
+        buffer = getattr(module, name)
+        # The model may have moved to a narrower dtype, which cannot hold all values, or in inference
+        # mode.
+        is_narrow = found is not None and name != COUNT and buffer.dtype is not found[0].dtype
+        if is_narrow or buffer.is_inference():
+            dtype = found[0].dtype if found is not None and is_narrow else buffer.dtype
+            module._buffers[name] = torch.zeros_like(buffer, dtype=dtype)  # noqa: SLF001 (torch's registry)
     key, value, bias = (getattr(module, name) for name in (KEY, VALUE, BIAS))
     getattr(module, COUNT).fill_(count)
     value.zero_()
