@@ -56,6 +56,14 @@ def load_tensors_(
         >>> weight
         tensor([1., 1.])
     """
+    strange = [
+        f"{key}: {type(value).__name__}"
+        for key, value in state.items()
+        if not isinstance(value, Tensor)
+    ]
+    if strange:
+        msg = f"{subject}: expected tensors, got {listed(sorted(strange))}. {fix}"
+        raise StateError(msg, mismatched=strange)
     state = whole_tensors(state)
     # Narrower ones are of stored weights, which nothing is cast to.
     dtypes = {t.dtype for t in beside if t.is_floating_point() and t.itemsize >= _MIN_ITEMSIZE}

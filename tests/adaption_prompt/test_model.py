@@ -10,7 +10,7 @@ from surgery_adaption_prompt import (
     adapter_state,
 )
 
-from surgery_core import DriftError, OptionsError, VariantError
+from surgery_core import DriftError, OptionsError, StateError, VariantError
 from surgery_core.testing import InjectedError, failing_at, snapshot
 
 A = AdaptionPromptConfig(adapter_len=2, adapter_layers=1)
@@ -407,3 +407,27 @@ def test_inactive_adapters_follow_a_base_moved_alone(base, model):
 
     assert all(t.dtype is torch.float64 for t in adapter_state(model.adapter_modules("b")).values())
     assert torch.float64 is logits(model).dtype
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+@pytest.mark.parametrize("mode", [False, True])
+def test_loading_for_inference_switches_dropout_off(mode, is_trainable, model, tmp_path):
+    """A base made from a configuration is in training mode."""
+    model.save_pretrained(tmp_path, selected_adapters=["a"])
+    base = build(seed=1).train(mode)
+
+    loaded = AdaptionPromptModel.from_pretrained(base, tmp_path / "a", is_trainable=is_trainable)
+
+    expected = mode and is_trainable
+    assert {expected} == {module.training for module in loaded.modules()}
+    assert expected is base.training
+
+
+def test_a_load_that_fails_leaves_the_mode_as_it_was(model, tmp_path):
+    model.save_pretrained(tmp_path, selected_adapters=["a"])
+    base = build(seed=7).train()
+
+    with pytest.raises(StateError, match="was trained for another base"):
+        AdaptionPromptModel.from_pretrained(base, tmp_path / "a", base_check="error")
+
+    assert all(module.training for module in base.modules())

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from surgery_adaption_prompt.architectures import Contexts
+from surgery_adaption_prompt.arguments import check_adapter_name, check_config, check_state
 from surgery_adaption_prompt.attention import AdaptedAttention
 from surgery_adaption_prompt.checkpoints import adapter_state, load_state_
 from surgery_adaption_prompt.composition import Composition, composed_adapters
@@ -24,6 +25,7 @@ from surgery_adaption_prompt.selection import (
     ROWS,
     Choice,
     Derived,
+    choices_of,
     prompt_modules,
     select_adapters,
     weights_of,
@@ -173,13 +175,8 @@ class AdapterManager(BaseFacade):
             OptionsError: An adapter cannot share a batch with others.
             VariantError: There is no such adapter.
         """
-        choices: Sequence[Choice] = (
-            [adapters] if isinstance(adapters, str | Mapping | Composition) else adapters
-        )
-        with (
-            self._loaded(choices),
-            self.sharing.using(lambda: self._select(choices)),
-        ):
+        choices = choices_of(adapters)
+        with self._loaded(choices), self.sharing.using(lambda: self._select(choices)):
             yield self
 
     @contextmanager
@@ -264,11 +261,9 @@ class AdapterManager(BaseFacade):
 
     def is_in_use(self, adapter_name: str) -> bool:
         """Tell whether an adapter is selected, alone or with others, or used by a thread or rows."""
-        return (
-            adapter_name in self.active_adapters
-            or self.sharing.is_used(adapter_name)
-            or (self._rows is not None and adapter_name in self._rows.names)
-        )
+        assigned = () if self._rows is None else self._rows.names
+        used = adapter_name in self.active_adapters or adapter_name in assigned
+        return used or self.sharing.is_used(adapter_name)
 
     def adapter_bytes(self, adapter_name: str) -> int:
         """Return how many bytes the tensors of an adapter take.
@@ -286,6 +281,7 @@ class AdapterManager(BaseFacade):
         Raises:
             VariantError: There is no such adapter.
         """
+        check_adapter_name(adapter_name)
         with self.sharing.lock:
             found = self.swap_state.variant(adapter_name)
         return {fqn: m for fqn, m in found.items() if isinstance(m, AdaptedAttention)}
@@ -398,6 +394,7 @@ class AdapterManager(BaseFacade):
 
     def _require_unshared(self, name: str) -> None:
         """Refuse to take away an adapter that others than `set_adapter(name)` use."""
+        check_adapter_name(name)
         users = []
         if self.sharing.is_used(name):
             users.append("a thread or task")
@@ -437,6 +434,8 @@ class AdapterManager(BaseFacade):
         tokenizer: Tokenizer | None = None,
     ) -> None:
         check_name(name, self.peft_config)
+        check_config(config, name=name)
+        check_state(state)
         if config.init_from_text is not None and state is None and tokenizer is None:
             msg = (
                 f"Adapter {name!r} starts from a text: expected the base's tokenizer, got none. "

@@ -42,6 +42,14 @@ class Composition:
     weights: Mapping[str, float]
 
     def __post_init__(self) -> None:
+        # What is given may be anything, whatever its type says.
+        given: object = self.weights
+        if not isinstance(given, Mapping):
+            msg = (
+                f"{given!r:.80} does not say which adapters are active together: expected names with "
+                "weights. Write {'fr': 1.0, 'legal': 1.0}, for example."
+            )
+            raise OptionsError(msg)
         bad = [
             f"{name!r}: {weight!r}"
             for name, weight in self.weights.items()

@@ -18,6 +18,16 @@ CLASSIFICATION_HEADS: Mapping[str | None, Sequence[str]] = {
 }
 """Names, by task type, under which PEFT looks for a head to train when none is given."""
 
+TASK_TYPES = (
+    "CAUSAL_LM",
+    "FEATURE_EXTRACTION",
+    "QUESTION_ANS",
+    "SEQ_2_SEQ_LM",
+    "SEQ_CLS",
+    "TOKEN_CLS",
+)
+"""PEFT's task types; it refuses others."""
+
 PEFT_FIELDS = frozenset(
     {
         "adapter_layers",
@@ -60,6 +70,7 @@ def config_schema() -> dict[str, Any]:
         },
         "condition_rank": {**count, "description": "Rank of what projects them, in each layer."},
         "project_output": flag,
+        "task_type": {"enum": [*TASK_TYPES, None]},
         "modules_to_save": {"type": ["array", "null"], "items": {"type": "string"}},
     }
     return {
@@ -81,7 +92,7 @@ class AdaptionPromptConfig:
         auto_mapping: Kept for PEFT, not used here.
         base_model_name_or_path: Name of the base model, for the record.
         revision: Revision of the base model, for the record.
-        task_type: PEFT's task name, for example `"CAUSAL_LM"`; for the record.
+        task_type: PEFT's task name, one of `TASK_TYPES`, for example `"CAUSAL_LM"`; or None.
         inference_mode: The adapter is frozen.
         target_modules: Name of the attention modules, for example `"self_attn"`; None finds them.
         adapter_len: K, the length of each adaption prompt, in tokens. Required, at least 1.
@@ -148,7 +159,6 @@ class AdaptionPromptConfig:
             "auto_mapping": (dict, type(None)),
             "base_model_name_or_path": (str, type(None)),
             "revision": (str, type(None)),
-            "task_type": (str, type(None)),
             "inference_mode": bool,
             "target_modules": (str, type(None)),
             "dtype": (str, type(None)),
@@ -183,11 +193,12 @@ class AdaptionPromptConfig:
             )
         for name, value, allowed in (
             ("peft_type", self.peft_type, (PEFT_TYPE,)),
+            ("task_type", self.task_type, (*TASK_TYPES, None)),
             ("gate", self.gate, ("layer", "head")),
             ("gate_activation", self.gate_activation, ("identity", "tanh")),
         ):
             if value not in allowed:
-                problems.append(f"{name} must be one of {listed(allowed)}, got {value!r}")
+                problems.append(f"{name} must be one of {listed(allowed, most=9)}, got {value!r}")
         if isinstance(self.dtype, str):
             found = getattr(torch, self.dtype, None)
             # Narrower ones can hold values, and not be computed with.
@@ -209,6 +220,10 @@ class AdaptionPromptConfig:
         Raises:
             OptionsError: See the class; or a key is unknown.
         """
+        given: object = values
+        if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+            msg = f"AdaptionPromptConfig cannot be made of {given!r:.80}: expected values by field name."
+            raise OptionsError(msg)
         unknown = sorted(values.keys() - {field.name for field in fields(cls)})
         if unknown:
             msg = (

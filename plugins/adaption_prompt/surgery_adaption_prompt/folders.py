@@ -214,8 +214,12 @@ def check_name(name: str, others: Iterable[str] = ()) -> None:
         others: Of the adapters it will stand next to.
 
     Raises:
-        VariantError: It is such a name.
+        VariantError: It is such a name, or not text.
     """
+    given: object = name
+    if not isinstance(given, str):
+        msg = f"Adapter name is {given!r}: expected text. Pass a name such as 'default'."
+        raise VariantError(msg)
     if name == BASE:
         msg = f"Adapter name {name!r} stands for the base in lists of adapters. Choose another."
         raise VariantError(msg)

@@ -1,19 +1,27 @@
 """`AdaptionPromptModel`: many adapters over one base model, with the names PEFT users know."""
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from surgery_adaption_prompt.adapters import AdapterManager
+from surgery_adaption_prompt.arguments import (
+    check_adapter_name,
+    check_adapter_names,
+    check_base_check,
+    check_config,
+    check_configs,
+    check_model,
+    check_path,
+    check_weights,
+)
 from surgery_adaption_prompt.attention import AdaptedAttention
 from surgery_adaption_prompt.base_check import BaseCheck, check_base
 from surgery_adaption_prompt.checkpoints import AdapterFolder, load_state_
 from surgery_adaption_prompt.composition import Composition
-from surgery_adaption_prompt.condition import require_unconditioned
 from surgery_adaption_prompt.config import PEFT_TYPE, AdaptionPromptConfig
 from surgery_adaption_prompt.folders import (
     DEFAULT_ADAPTER,
@@ -25,15 +33,13 @@ from surgery_adaption_prompt.folders import (
 )
 from surgery_adaption_prompt.gate_plot import draw_gates
 from surgery_adaption_prompt.materialise import materialised
-from surgery_adaption_prompt.merged_bias import Share, merged_bias_rule, merged_projections
-from surgery_adaption_prompt.merged_saving import bias_room, missing_biases, refuse_to_save
-from surgery_adaption_prompt.selection import MERGED, ROWS, Derived, prompt_modules, weights_of
+from surgery_adaption_prompt.merging import MergingManager
+from surgery_adaption_prompt.selection import ROWS, prompt_modules, weights_of
 from surgery_adaption_prompt.status import ModelStatus, adapter_status, model_status
 from surgery_adaption_prompt.store import AdapterStore
 from surgery_adaption_prompt.text_init import Tokenizer
 from surgery_core import (
     OptionsError,
-    Plan,
     Transaction,
     VariantError,
     check_preflight,
@@ -48,7 +54,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class AdaptionPromptModel(AdapterManager):
+class AdaptionPromptModel(MergingManager):
     """A frozen base model and its adapters, of which one, or a composition of some, is in it.
 
     The top L attention modules of the base are replaced by `AdaptedAttention` modules that wrap
@@ -101,6 +107,9 @@ class AdaptionPromptModel(AdapterManager):
         tokenizer: Tokenizer | None = None,
         store: AdapterStore | None = None,
     ) -> None:
+        check_model(model)
+        check_configs(configs)
+        check_adapter_name(adapter_name)
         check_preflight(diagnose(model))
         super().__init__(model, store=store)
         if adapter_name not in configs:
@@ -150,6 +159,7 @@ class AdaptionPromptModel(AdapterManager):
         Raises:
             VariantError: There is no such adapter.
         """
+        check_adapter_names(adapter_names, what="adapter_names")
         reshard_(self)
         return [
             parameter
@@ -176,6 +186,7 @@ class AdaptionPromptModel(AdapterManager):
         Raises:
             VariantError: There is no such adapter.
         """
+        check_adapter_name(adapter_name)
         found = self.swap_state.variant(adapter_name)
         return {fqn: m for fqn, m in found.items() if not isinstance(m, AdaptedAttention)}
 
@@ -196,6 +207,7 @@ class AdaptionPromptModel(AdapterManager):
             VariantError: There is no such adapter.
             SurgeryError: matplotlib is not installed.
         """
+        check_adapter_name(adapter_name)
         modules = self.swap_state.variant(adapter_name)
         return draw_gates(
             adapter_status(adapter_name, self.peft_config[adapter_name], modules), path
@@ -215,6 +227,8 @@ class AdaptionPromptModel(AdapterManager):
             OptionsError: The sum is no adapter's term, or there are not as many weights as adapters.
             VariantError: There is no such adapter, or the name is taken.
         """
+        check_adapter_names(adapters, what="adapters")
+        check_weights(weights)
         if len(adapters) != len(weights) or len(set(adapters)) != len(adapters):
             msg = (
                 f"Weighted adapter {adapter_name!r} has {len(adapters)} adapters and "
@@ -229,81 +243,6 @@ class AdaptionPromptModel(AdapterManager):
                 for name, weight in composition.weights.items()
             ]
             self.add_adapter(adapter_name, *materialised(parts))
-
-    def merge_adapter(self) -> None:
-        """Add what is active as constants at the output projections; for `adapter_len=1` only.
-
-        No attention to the prompt is computed then, only its value in each layer, in every pass, so
-        that adapters and base may go on changing; equal up to rounding. Activating an adapter, also
-        the same one, takes it out again.
-
-        Raises:
-            OptionsError: A prompt is longer, the adapters are disabled, or there is none.
-            ContractError: An output projection is of a kind that cannot be given a bias.
-            StateError: A bias would not be finite in the dtype of the base.
-        """
-        with self.sharing.lock:
-            rule = merged_bias_rule(self._active_shares(), is_final=False)
-            choice = self._selected_choice()
-            self._derive(rule, Derived(kind=MERGED, variant=MERGED, choice=choice))
-
-    def unmerge_adapter(self) -> None:
-        """Take back `merge_adapter`, exactly.
-
-        Raises:
-            VariantError: Nothing is merged.
-        """
-        if self._kind() != MERGED:
-            msg = "Model has no merged adapter: expected one. Call merge_adapter first."
-            raise VariantError(msg)
-        # Not under the lock: a store may have to be asked, which takes its own lock first.
-        self.set_adapter(self._selected_choice())
-
-    def merge_and_unload(self) -> PreTrainedModel:
-        """Write what is active into biases, remove everything else, return the base.
-
-        Where the base has no such biases, its configuration is changed so that it has (Llama's
-        `attention_bias`), with zeros for all others that come with them: the result can be saved and
-        loaded. A base whose class has no room for them (Qwen2, Mistral) refuses `save_pretrained`
-        from then on.
-
-        Raises:
-            OptionsError: See `merge_adapter`; nothing was changed.
-            ContractError: Same.
-            StateError: Same.
-        """
-        with self.sharing.lock:
-            shares = self._active_shares()
-            rule = merged_bias_rule(shares, is_final=True)
-            missing = missing_biases(self.model, merged_projections(shares))
-            room = bias_room(self.model, missing) if missing else None
-            if room is not None:
-                rule = merged_bias_rule(shares, is_final=True, zeros=room.projections)
-            # Built before anything is taken out, so that whatever is refused is refused here.
-            Plan.draft(self.model, [rule], originals=self.swap_state.originals()).build()
-            base = self.unload()
-            Plan.draft(base, [rule]).apply()
-            if room is not None:
-                room.take()
-            elif missing:
-                refuse_to_save(base, missing)
-            return base
-
-    def _active_shares(self) -> dict[str, list[Share]]:
-        """Return what is active by FQN, if it can be merged."""
-        self._require_enabled("merge_adapter")
-        if self.sharing.is_in_force:
-            msg = (
-                "Nothing is merged: expected no thread that uses adapters of its own, since it would "
-                "get the merged bias too. Merge when they are done."
-            )
-            raise OptionsError(msg)
-        require_unconditioned(self.active_adapters, self.peft_config, what="Merging")
-        found: dict[str, list[Share]] = {}
-        for name, weight in weights_of(self._selected_choice()).items():
-            for fqn, module in prompt_modules(name, self.swap_state).items():
-                found.setdefault(fqn, []).append(Share.of(module, weight))
-        return found
 
     def save_pretrained(
         self,
@@ -332,6 +271,9 @@ class AdaptionPromptModel(AdapterManager):
             OSError: A file could not be written. Nothing was changed, unless a note on the error
                 says what was saved before it.
         """
+        check_path(save_directory, what="save_directory")
+        if selected_adapters is not None:
+            check_adapter_names(selected_adapters, what="selected_adapters")
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         base_name = self.config.name_or_path or None
         reshard_(self)
@@ -390,6 +332,8 @@ class AdaptionPromptModel(AdapterManager):
         Raises:
             SurgeryError: See `load_adapter`.
         """
+        check_path(model_id, what="model_id")
+        check_base_check(base_check)
         found = AdapterFolder.read(model_id)
         config = config_for(self.model, found, is_trainable=is_trainable)
         with self.sharing.lock:
@@ -421,6 +365,9 @@ class AdaptionPromptModel(AdapterManager):
             StateError: The tensors do not fit; nothing was changed.
             OptionsError: The two compute otherwise, for example with another gate activation.
         """
+        check_adapter_name(adapter_name)
+        check_path(model_id, what="model_id")
+        check_base_check(base_check)
         with self.sharing.lock:
             reshard_(self)
             modules = self.swap_state.variant(adapter_name)
@@ -433,22 +380,6 @@ class AdaptionPromptModel(AdapterManager):
             self.peft_config[adapter_name] = replace(config, dtype=own.dtype)
             self._refresh_rows()
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (torch's signature)
-        """Load what `state_dict` gave; rows in buffers follow the base."""
-        found = super().load_state_dict(*args, **kwargs)
-        self._refresh_rows()
-        return found
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 (torch's signature)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._refresh_rows()
-        return self
-
-    def _refresh_rows(self) -> None:
-        """Give compiled code what assigned adapters have now."""
-        if self._rows is not None:
-            self._rows.refresh()
-
     @classmethod
     def from_pretrained(
         cls,
@@ -459,7 +390,7 @@ class AdaptionPromptModel(AdapterManager):
         is_trainable: bool = False,
         base_check: BaseCheck = "warn",
     ) -> Self:
-        """Put an adapter from a folder on a model.
+        """Put an adapter from a folder on a model, in evaluation mode unless it is to be trained.
 
         Args:
             model: The base model.
@@ -471,6 +402,10 @@ class AdaptionPromptModel(AdapterManager):
         Raises:
             SurgeryError: The folder cannot be read, or does not fit the model; it is unchanged.
         """
+        check_model(model)
+        check_adapter_name(adapter_name)
+        check_path(model_id, what="model_id")
+        check_base_check(base_check)
         found = AdapterFolder.read(model_id)
         config = config_for(model, found, is_trainable=is_trainable)
         adapted = cls(model, {adapter_name: replace(config, init_from_text=None)}, adapter_name)
@@ -481,7 +416,7 @@ class AdaptionPromptModel(AdapterManager):
             adapted.unload()
             raise
         adapted.peft_config[adapter_name] = config
-        return adapted
+        return adapted if is_trainable else adapted.eval()
 
 
 def get_peft_model(
@@ -499,4 +434,6 @@ def get_peft_model(
     Raises:
         SurgeryError: See `AdaptionPromptModel`; the model is unchanged.
     """
+    check_adapter_name(adapter_name)
+    check_config(peft_config, name=adapter_name)
     return AdaptionPromptModel(model, {adapter_name: peft_config}, adapter_name)

@@ -108,8 +108,30 @@ def check_num_rows(adapter_names: object, args: Sequence[Any], kwargs: Mapping[s
         raise OptionsError(msg)
 
 
+def choices_of(adapters: Choice | Sequence[Choice]) -> Sequence[Choice]:
+    """Return the choice for a whole batch, or those for each row, as a list.
+
+    Raises:
+        OptionsError: It is neither.
+    """
+    if isinstance(adapters, str | Mapping | Composition):
+        return [adapters]
+    given: object = adapters
+    if isinstance(given, bytes) or not isinstance(given, Sequence):
+        msg = (
+            f"adapters is {adapters!r:.80}: expected an adapter's name, names with weights, or a list "
+            "with one of them for each row. Write 'fr', {'fr': 0.7, 'legal': 0.3} or ['fr', 'legal']."
+        )
+        raise OptionsError(msg)
+    return adapters
+
+
 def weights_of(choice: Choice) -> Mapping[str, float]:
-    """Return the weights of the adapters that a choice stands for; none for the base."""
+    """Return the weights of the adapters that a choice stands for; none for the base.
+
+    Raises:
+        OptionsError: It is not a choice, or a weight is not a finite number.
+    """
     if isinstance(choice, str):
         return {} if choice == BASE else {choice: 1.0}
     return (choice if isinstance(choice, Composition) else Composition(choice)).weights

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery_adaption_prompt.arguments import check_adapter_name, check_base_check, check_path
 from surgery_adaption_prompt.base_check import BaseCheck
 from surgery_adaption_prompt.checkpoints import CONFIG_FILE, expected_bytes
 from surgery_adaption_prompt.file_stamps import Stamp, folder_stamp
@@ -121,6 +122,11 @@ class AdapterStore:
         pinned: Iterable[str] = (),
         base_check: BaseCheck = "warn",
     ) -> None:
+        check_path(folder, what="folder")
+        check_base_check(base_check)
+        if isinstance(pinned, str):
+            msg = f"pinned is {pinned!r}: expected a list of adapter names. Write [{pinned!r}]."
+            raise OptionsError(msg)
         self._folder = Path(folder)
         if not self._folder.is_dir():
             msg = (
@@ -455,6 +461,7 @@ class AdapterStore:
         """
         folders: dict[str, Path] = {}
         for name in names:
+            check_adapter_name(name)
             check_name(name)
             folders[name] = self._folder / name
         unknown = [name for name in folders if name not in self]
