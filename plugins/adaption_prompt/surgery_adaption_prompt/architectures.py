@@ -17,7 +17,13 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, EncoderDecoderCache, PretrainedConfig
+from transformers import (
+    AttentionInterface,
+    Cache,
+    EncoderDecoderCache,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.pytorch_utils import Conv1D
@@ -268,7 +274,7 @@ def attention_modules(tree: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Return the decoder self-attention modules of a tree by FQN, lowest layer first.
 
     A module counts when its code asks transformers' attention interface, it has a layer index, and
-    it does not say that it is not causal, as attention to an encoder does.
+    it does not say that it is not causal, as attention to an encoder does, or that it is to images.
     """
     # By identity: a module with two FQNs is one layer, under the first of them.
     first = {id(module): fqn for fqn, module in reversed(list(tree.items()))}
@@ -279,9 +285,22 @@ def attention_modules(tree: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         and isinstance(getattr(module, "config", None), PretrainedConfig)
         and isinstance(getattr(module, "layer_idx", None), int)
         and getattr(module, "is_causal", True)
+        and not getattr(module, "is_cross_attention", False)
         and _uses_interface(type(module))
     }
     return dict(sorted(found.items(), key=lambda item: cast("Any", item[1]).layer_idx))
+
+
+def decoder_of(tree: Mapping[str, nn.Module]) -> str:
+    """Return the FQN of what a model says is its text decoder; empty for the model itself."""
+    root = tree.get("")
+    decoder = cast("Any", root).get_decoder() if isinstance(root, PreTrainedModel) else root
+    return next((fqn for fqn, module in tree.items() if module is decoder), "")
+
+
+def refused_reason(module: nn.Module) -> str | None:
+    """Return why the method is not defined for an attention module; None if it is, as far as known."""
+    return _known(type(module), REFUSED_CLASSES)
 
 
 def architecture_of(module: nn.Module, *, fqn: str) -> TransformersAttention:
@@ -301,7 +320,7 @@ def architecture_of(module: nn.Module, *, fqn: str) -> TransformersAttention:
     if "forward" in vars(undispatched(module)):
         _refuse(fqn, "a module with its class's own forward", f"{name} with a patched forward",
                 "Remove what patched it (accelerate's dispatch hooks, for example) first.")  # fmt: skip
-    reason = _known(type(module), REFUSED_CLASSES)
+    reason = refused_reason(module)
     if reason is not None:
         _refuse(fqn, "one attention to the text for each pass", f"{name}, which {reason}",
                 "This architecture is not supported.")  # fmt: skip

@@ -94,7 +94,9 @@ class AdaptionPromptConfig:
         revision: Revision of the base model, for the record.
         task_type: PEFT's task name, one of `TASK_TYPES`, for example `"CAUSAL_LM"`; or None.
         inference_mode: The adapter is frozen.
-        target_modules: Name of the attention modules, for example `"self_attn"`; None finds them.
+        target_modules: Name of the attention modules, for example `"self_attn"`; or a pattern of
+            their whole FQNs with `*`, for models with several stacks of layers, for example
+            `"model.language_model.layers.*.self_attn"`. None finds them.
         adapter_len: K, the length of each adaption prompt, in tokens. Required, at least 1.
         adapter_layers: L, how many layers are adapted, counted from the top. Required, at least 1.
         gate: One gate for each layer (`"layer"`, shape `(1,)`, as PEFT) or for each attention head

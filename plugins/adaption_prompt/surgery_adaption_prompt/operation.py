@@ -10,7 +10,11 @@ import torch
 from torch import nn
 
 from surgery_adaption_prompt import trainable_copy
-from surgery_adaption_prompt.architectures import architecture_of, attention_modules
+from surgery_adaption_prompt.architectures import (
+    architecture_of,
+    attention_modules,
+    refused_reason,
+)
 from surgery_adaption_prompt.attention import AdaptedAttention, adapt, compose, parameter_dtype
 from surgery_adaption_prompt.checkpoints import AdapterFolder
 from surgery_adaption_prompt.composition import Composition, composed_adapters
@@ -24,10 +28,12 @@ from surgery_adaption_prompt.folders import SavableAdapter, config_for, write_ad
 from surgery_adaption_prompt.importers import read_litgpt, read_llama_adapter
 from surgery_adaption_prompt.parts import parameter_shapes
 from surgery_adaption_prompt.rows import SharedTerms
+from surgery_adaption_prompt.stacks import one_stack
 from surgery_core import (
     BoundRule,
     Composed,
     Effects,
+    Glob,
     NoMatchError,
     Operation,
     OptionsError,
@@ -77,7 +83,7 @@ class AdaptionPromptOperation(Operation[AdaptionPromptConfig]):
 
         Raises:
             NoMatchError: There are none, or none of the name `target_modules`.
-            OptionsError: There are fewer than `adapter_layers`.
+            OptionsError: There are fewer than `adapter_layers`, or several stacks of layers.
         """
         found = attention_modules(tree)
         if not found:
@@ -88,7 +94,12 @@ class AdaptionPromptOperation(Operation[AdaptionPromptConfig]):
             )
             raise NoMatchError(msg, selector=NAME, candidates=())
         target = options.target_modules
-        chosen = [fqn for fqn in found if target is None or f".{fqn}".endswith(f".{target}")]
+        is_pattern = target is not None and "*" in target
+        if is_pattern:
+            matched = Glob(str(target)).select(tree)
+            chosen = [fqn for fqn in found if fqn in matched]
+        else:
+            chosen = [fqn for fqn in found if target is None or f".{fqn}".endswith(f".{target}")]
         if not chosen:
             names = sorted({fqn.rpartition(".")[2] for fqn in found})
             msg = (
@@ -96,6 +107,9 @@ class AdaptionPromptOperation(Operation[AdaptionPromptConfig]):
                 f"{listed(names)}. Use that name, or leave target_modules out."
             )
             raise NoMatchError(msg, selector=str(target), candidates=names)
+        # What is refused for its class is refused below, with the reason.
+        if not any(refused_reason(found[fqn]) for fqn in chosen):
+            chosen = one_stack(tree, chosen, named=is_pattern)
         if options.adapter_layers > len(chosen):
             msg = (
                 f"adapter_layers must be between 1 and {len(chosen)} (attention modules of this "
