@@ -3,9 +3,9 @@
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from surgery_adaption_prompt.arguments import (
@@ -34,7 +34,8 @@ from surgery_adaption_prompt.folders import (
 from surgery_adaption_prompt.gate_plot import draw_gates
 from surgery_adaption_prompt.materialise import materialised
 from surgery_adaption_prompt.merging import MergingManager
-from surgery_adaption_prompt.selection import ROWS, prompt_modules, weights_of
+from surgery_adaption_prompt.selection import MERGED, ROWS, prompt_modules, weights_of
+from surgery_adaption_prompt.state_names import check_same_names, decoded, encoded
 from surgery_adaption_prompt.status import ModelStatus, adapter_status, model_status
 from surgery_adaption_prompt.store import AdapterStore
 from surgery_adaption_prompt.text_init import Tokenizer
@@ -189,6 +190,50 @@ class AdaptionPromptModel(MergingManager):
         check_adapter_name(adapter_name)
         found = self.swap_state.variant(adapter_name)
         return {fqn: m for fqn, m in found.items() if not isinstance(m, AdaptedAttention)}
+
+    def get_extra_state(self) -> Tensor:
+        """Return the names of the adapters whose tensors `state_dict` has; torch calls this.
+
+        Their keys do not have them: a base with an adapter keeps its FQNs.
+        """
+        return encoded(self._named_in_state())
+
+    def set_extra_state(self, state: object) -> None:
+        """Refuse a state dict of another adapter than the active one; torch calls this first.
+
+        Raises:
+            StateError: It is of another; nothing was loaded.
+        """
+        check_same_names(decoded(state), self._named_in_state())
+
+    def _named_in_state(self) -> list[str]:
+        if not self.swap_state.is_enabled or self._kind() in (MERGED, ROWS):
+            return []
+        return self.active_adapters
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,  # noqa: FBT001 (same)
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        rest = (
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+        super()._load_from_state_dict(*rest)
+        # Those of 0.1.0, and of the base alone, do not have it.
+        if f"{prefix}_extra_state" in missing_keys:
+            missing_keys.remove(f"{prefix}_extra_state")
 
     def status(self) -> ModelStatus:
         """Return what is active and what is stored, with sizes, places and gates."""
