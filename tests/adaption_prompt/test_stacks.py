@@ -29,6 +29,7 @@ def chosen(name, layers, **options):
         ("VoxtralRealtimeForConditionalGeneration", "model.language_model.layers", 25),
         ("KyutaiSpeechToTextForConditionalGeneration", "model.layers", 47),
         ("SeamlessM4TForTextToSpeech", "text_decoder.layers", 23),
+        ("CsmForConditionalGeneration", "backbone_model.layers", 15),
         ("IdeficsForVisionText2Text", "model.layers", 31),
         ("T5ForConditionalGeneration", "decoder.block", 5),
         ("GPT2LMHeadModel", "transformer.h", 11),
@@ -48,23 +49,21 @@ def test_the_topmost_layers_are_those_of_the_text_decoder(name, place, last, tar
 
 @pytest.mark.slow
 def test_which_of_several_stacks_must_be_said():
-    name = "CsmForConditionalGeneration"
+    name, place = "Qwen2_5OmniForConditionalGeneration", "thinker.model.language_model.layers"
     with pytest.raises(OptionsError) as caught:
         chosen(name, 20)
     assert str(caught.value) == (
         "adapter_layers counts the layers of one stack: this model has several, got "
-        "'backbone_model.layers.*.self_attn', "
-        "'codec_model.decoder.decoder_transformer.layers.*.self_attn', "
-        "'codec_model.encoder.encoder_transformer.layers.*.self_attn', "
-        "'depth_decoder.model.layers.*.self_attn'. Pass one of these patterns as target_modules."
+        "'talker.model.layers.*.self_attn', 'thinker.model.language_model.layers.*.self_attn'. Pass "
+        "one of these patterns as target_modules."
     )
     with pytest.raises(OptionsError, match="this model has several"):
         chosen(name, 2, target_modules="**.self_attn")
-    with pytest.raises(OptionsError, match="must be between 1 and 16"):
-        chosen(name, 20, target_modules="backbone_model.layers.*.self_attn")
+    with pytest.raises(OptionsError, match="must be between 1 and 28"):
+        chosen(name, 40, target_modules=f"{place}.*.self_attn")
     with pytest.raises(NoMatchError, match="names no attention module"):
         chosen(name, 2, target_modules="elsewhere.*.self_attn")
 
-    found = chosen(name, 2, target_modules="backbone_model.layers.*.self_attn")
+    found = chosen(name, 2, target_modules=f"{place}.*.self_attn")
 
-    assert {f"backbone_model.layers.{n}.self_attn" for n in (14, 15)} == found
+    assert {f"{place}.{number}.self_attn" for number in (26, 27)} == found

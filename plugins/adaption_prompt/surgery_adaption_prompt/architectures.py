@@ -17,13 +17,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    Cache,
-    EncoderDecoderCache,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, Cache, EncoderDecoderCache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.pytorch_utils import Conv1D
@@ -289,13 +283,6 @@ def attention_modules(tree: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
         and _uses_interface(type(module))
     }
     return dict(sorted(found.items(), key=lambda item: cast("Any", item[1]).layer_idx))
-
-
-def decoder_of(tree: Mapping[str, nn.Module]) -> str:
-    """Return the FQN of what a model says is its text decoder; empty for the model itself."""
-    root = tree.get("")
-    decoder = cast("Any", root).get_decoder() if isinstance(root, PreTrainedModel) else root
-    return next((fqn for fqn, module in tree.items() if module is decoder), "")
 
 
 def refused_reason(module: nn.Module) -> str | None:

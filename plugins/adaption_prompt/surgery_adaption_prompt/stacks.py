@@ -1,10 +1,12 @@
 """Stacks of layers: which of them the topmost layers are counted in."""
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
+from typing import Any, cast
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from surgery_adaption_prompt.architectures import decoder_of
 from surgery_core import OptionsError, listed
 
 
@@ -27,7 +29,7 @@ def one_stack(tree: Mapping[str, nn.Module], fqns: Collection[str], *, named: bo
     for fqn in fqns:
         stacks.setdefault(_container(fqn), []).append(fqn)
     if len(stacks) > 1 and not named:
-        decoder = decoder_of(tree)
+        decoder = _decoder(tree)
         inside = {
             name: found for name, found in stacks.items() if f"{name}.".startswith(f"{decoder}.")
         }
@@ -40,6 +42,22 @@ def one_stack(tree: Mapping[str, nn.Module], fqns: Collection[str], *, named: bo
         )
         raise OptionsError(msg)
     return [fqn for found in stacks.values() for fqn in found]
+
+
+def _decoder(tree: Mapping[str, nn.Module]) -> str:
+    """Return the FQN of the text decoder as far as the model says; empty for the model itself."""
+    root = tree.get("")
+    if not isinstance(root, PreTrainedModel):
+        return ""
+    names = {id(module): fqn for fqn, module in tree.items()}
+    decoder = names.get(id(cast("Any", root).get_decoder()), "")
+    if decoder:
+        return decoder
+    embeddings = ""
+    # Some models have no embeddings of their own to give.
+    with suppress(NotImplementedError):
+        embeddings = names.get(id(root.get_input_embeddings()), "")
+    return embeddings.rpartition(".")[0]
 
 
 def _container(fqn: str) -> str:
