@@ -2,6 +2,7 @@
 
 from surgery_core.atomic import write_files, write_folders
 from surgery_core.carry import CarryOver
+from surgery_core.choices import repeats_of, require_names, rows_at, weights_of
 from surgery_core.composing import WeightedSum, composed_names, finite_weights, modules_of
 from surgery_core.editing import EditedModel, ModelPlan
 from surgery_core.errors import (
@@ -76,16 +77,7 @@ from surgery_core.sharded import (
     whole_tensor,
     whole_tensors,
 )
-from surgery_core.sharing import (
-    Selection,
-    Shareable,
-    Sharing,
-    repeats_of,
-    require_names,
-    rows_at,
-    select,
-    weights_of,
-)
+from surgery_core.sharing import Selection, Shareable, Sharing, select
 from surgery_core.shown import Shown, format_table
 from surgery_core.slots import Site, Slot, SlotIndex
 from surgery_core.surgery import Plan, Replacement, Surgery

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from surgery_core.choices import require_names, weights_of
 from surgery_core.composing import compose_all
 from surgery_core.environment import hidden
 from surgery_core.errors import DriftError, VariantError, listed
@@ -17,13 +18,7 @@ from surgery_core.operation import BASE, BoundRule, Operation, Saved
 from surgery_core.optimizers import OptimizerGroup
 from surgery_core.recipe import ModelRecipe
 from surgery_core.sharded import reshard_
-from surgery_core.sharing import (
-    Selection,
-    Sharing,
-    require_names,
-    select,
-    weights_of,
-)
+from surgery_core.sharing import Selection, Sharing, select
 from surgery_core.slots import Slot
 from surgery_core.snapshots import Snapshot, snapshot
 from surgery_core.surgery import Plan, Surgery
@@ -210,7 +205,7 @@ class EditedModel:
         self._require_applied()
         if isinstance(choice, str):
             self._require(choice)
-            if self.sharing.is_in_force:
+            if self.sharing.is_in_use:
                 self.sharing.require_shareable(choice)
             self.swap_state.set(choice)
             self._drop_compositions()
@@ -232,10 +227,12 @@ class EditedModel:
 
     @contextmanager
     def activated(self, choice: Choice | Sequence[Choice]) -> Iterator[Self]:
-        """Use adapters in this thread or asyncio task only; others go on with theirs.
+        """Use adapters in this thread or asyncio task only.
 
-        A thread that is started inside does not inherit it. While adapters are disabled this makes
-        no difference to what is disabled: inside, the adapters named are used.
+        Disabling wins: while the adapters are disabled, by whatever thread, the base computes here
+        too. No other thread inherits the block, as those of executors, `DataParallel` or
+        `generate_batch`: while it is open they are refused, until they enter one themselves. The main
+        thread goes on with the active adapter, and so does other code of this thread.
 
         Args:
             choice: An adapter's name, several with weights, or `"__base__"` for none; or a list with
@@ -243,7 +240,8 @@ class EditedModel:
                 n rows in succession, as beam search lays them out.
 
         Raises:
-            VariantError: There is no such adapter.
+            VariantError: There is no such adapter; or, in the pass of another thread, that thread has
+                not entered `activated`.
             OptionsError: There are no rows, or a weight is not finite.
             ContractError: An adapter, or the active one, cannot be used beside others.
         """
@@ -281,7 +279,7 @@ class EditedModel:
 
     def _share(self, name: str) -> None:
         """Let the modules of a variant be asked for what threads use, if they can be."""
-        if self.sharing.is_in_force:
+        if self.sharing.is_in_use:
             self.sharing.require_shareable(name)
         self.sharing.attach(self.swap_state.variant(name).values())
 
@@ -295,33 +293,28 @@ class EditedModel:
     def disabled(self) -> Iterator[Self]:
         """Take the active adapter out for a while; rules stay applied.
 
-        Code inside `activated` goes on with what it uses.
+        This is for the whole model, as in PEFT, and wins over `activated`: rows and other threads get
+        the base too, until the last such block ends. A pass that another thread has begun may be
+        computed in part without its adapter.
 
         Raises:
             ContractError: At the end, if some code uses others by then, beside which the active one
                 cannot be; it stays out.
         """
-        with self._taken_out():
+        with self.sharing.disabled(self._enable):
             yield self
 
-    @contextmanager
-    def _taken_out(self) -> Iterator[None]:
-        """Have the active adapter out, whatever threads enter and leave meanwhile."""
-        with self.sharing.lock:
-            was_enabled = self.swap_state.is_enabled
-            self.swap_state.disable()
-        try:
-            yield
-        finally:
-            if was_enabled:
-                with self.sharing.lock:
-                    if self.sharing.is_in_force:
-                        self.sharing.require_shareable(self.swap_state.selected)
-                    self.swap_state.enable()
+    def _enable(self) -> None:
+        if self.sharing.is_in_use:
+            self.sharing.require_shareable(self.swap_state.selected)
+        self.sharing.enable()
 
     @contextmanager
-    def paused(self) -> Iterator[nn.Module]:
+    def paused(self, *, for_all: bool = True) -> Iterator[nn.Module]:
         """Have the model as it was before the recipe for a while; then the same objects again.
+
+        Args:
+            for_all: Have the base compute inside `activated` too, as `disabled` does.
 
         Raises:
             DriftError: Somebody replaced a module that was put in place.
@@ -329,7 +322,7 @@ class EditedModel:
         """
         self._require_applied()
         with (
-            self._taken_out(),
+            self.sharing.disabled(self._enable, for_all=for_all),
             nullcontext() if self.surgery is None else self.surgery.paused(),
         ):
             self._freezing.undo(subject="Model", fix="")

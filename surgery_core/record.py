@@ -117,7 +117,8 @@ def save_record(
         "active": dict(active) if isinstance(active, Mapping) else active,
     }
     recipe = edited.plan.recipe.model_copy(update=update)
-    with edited.paused() as model:
+    # Threads that are inside `activated` go on with their adapters.
+    with edited.paused(for_all=False) as model:
         base, values = structure(model), _values(edited.plan)
     used = {
         edit.operation for found in edited.plan.document.documents.values() for edit in found.edits

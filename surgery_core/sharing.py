@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from math import isfinite
-from threading import RLock
+from threading import RLock, Thread, current_thread, main_thread
+from threading import enumerate as live_threads
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -22,8 +22,8 @@ ChoiceT = TypeVar("ChoiceT")
 class Shareable(nn.Module):
     """What a replacement derives from if other code may use other variants than it at its place.
 
-    In every pass it looks whether `sharing` is in force, and whether that has `terms` then. If so, it
-    computes what they say for the module that it stands for, in place of its own. Made by an
+    In every pass it looks whether `sharing` is in force, and whether that has `terms` then. If so,
+    it computes what they say for the module that it stands for, in place of its own. Made by an
     operation that has `listener` and `shared`.
     """
 
@@ -117,53 +117,141 @@ def _check_place(
     raise ContractError(msg, fqn=fqn, expected=expected, actual=actual)
 
 
-_CURRENT: ContextVar[Mapping["Sharing", tuple[Selection, Mapping[int, Any]]]] = ContextVar(
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Use:
+    """A block of `using` that some code is in.
+
+    Args:
+        selection: What it uses.
+        terms: See `Sharing.terms`.
+        thread: That entered the block.
+        before: Threads that were alive then.
+        is_recomputed: Whether a forward is computed again, with what it had, disabled by now or not.
+    """
+
+    selection: Selection
+    terms: Mapping[int, Any]
+    thread: Thread
+    before: frozenset[Thread]
+    is_recomputed: bool
+
+
+_CURRENT: ContextVar[Mapping["Sharing", _Use]] = ContextVar(
     "surgery_core_sharing", default=MappingProxyType({})
 )
 """By model; each thread and each asyncio task has its own."""
 
+_RECOMPUTING: ContextVar[bool] = ContextVar("surgery_core_recomputing", default=False)
+
+_NOTHING = Selection(names=frozenset(), rows=MappingProxyType({}), operations=MappingProxyType({}))
+
+
+@dataclass(slots=True, eq=False)
+class _Hold:
+    """A block in which the active variant is out of the model.
+
+    Args:
+        has_disabled: Whether its end puts it back.
+        is_for_all: Whether the base computes in blocks of `using` too.
+    """
+
+    has_disabled: bool
+    is_for_all: bool
+
 
 class Sharing:
-    """Lets threads and tasks use different variants over one model.
+    """Per-thread and per-row adapters on one model.
 
-    While somebody does, every module that a variant in use is for can be asked: where the active
-    variant has no module, one that adds nothing is put in the original's place. Code that has not
-    said what it uses gets the active variant, as ever. Copies and pickles of modules have none.
+    While some code is in a block of `using`, every module that an adapter in use is for can be asked:
+    where the active variant has no module, one that adds nothing is put in the original's place.
+
+    - Disabling is for the whole model, and wins: the base computes in every block too.
+    - Code outside of all blocks gets the active variant, if it runs in the main thread, or in the
+      thread of every block that is open. Any other thread may work for a block, which it does not
+      inherit: it is refused until it enters one. So is a thread that was started in a block, also
+      after that.
+
+    Copies and pickles of modules have no sharing.
 
     Args:
         swap_state: Of the model.
 
     Attributes:
         lock: Held while variants are looked up, and by whoever changes them.
-        is_in_force: Whether somebody uses something; modules look at it in every pass.
+        is_in_use: Whether some code is in a block.
     """
 
     def __init__(self, swap_state: SwapState) -> None:
         self.lock = RLock()
-        self.is_in_force = False
+        self.is_in_use = False
         self._swap_state = swap_state
-        self._running: list[Selection] = []
+        self._running: list[_Use] = []
+        self._started_inside: list[Thread] = []
+        self._is_off = False
+        self._holds: list[_Hold] = []
         self._listeners: dict[str, tuple[nn.Module, nn.Module]] = {}
+
+    @property
+    def is_in_force(self) -> bool:
+        """Whether modules must ask for `terms`; they look at it in every pass.
+
+        That is while some code is in a block, and as long as a thread lives that was started in one.
+        """
+        if self.is_in_use or not self._started_inside or torch.compiler.is_compiling():
+            return self.is_in_use
+        return any(thread.is_alive() for thread in self._started_inside)
 
     def terms(self) -> Mapping[int, Any] | None:
         """Return what the running code gets: by the `id` of an original, what `shared` gave for it.
 
         Returns:
             None for the active variant; originals that are not in it stay as they are.
+
+        Raises:
+            VariantError: The thread is in no block, and may work for code that is in one.
         """
         if torch.compiler.is_compiling():
             return _uncompiled_terms(self)  # type: ignore[no-any-return]  # undecorated
-        found = _CURRENT.get().get(self)
-        return None if found is None else found[1]
+        return self._found_terms()
+
+    def _found_terms(self) -> Mapping[int, Any] | None:
+        use = _CURRENT.get().get(self)
+        if use is None:
+            self._check_thread()
+            return None
+        return use.terms if self._counts(use) else {}
 
     def used(self) -> Selection | None:
         """Return the variants the running code uses; None for the active one."""
-        found = _CURRENT.get().get(self)
-        return None if found is None else found[0]
+        use = _CURRENT.get().get(self)
+        if use is None:
+            return None
+        return use.selection if self._counts(use) else _NOTHING
+
+    def _counts(self, use: _Use) -> bool:
+        if use.is_recomputed or self._swap_state.is_enabled:
+            return True
+        return not (self._is_off or any(hold.is_for_all for hold in self._holds))
+
+    def _check_thread(self) -> None:
+        """Refuse the active variant to a thread that may work for code that uses another."""
+        thread = current_thread()
+        if thread in self._started_inside:
+            when = "was started inside `activated(...)`"
+        elif thread is not main_thread() and any(use.thread is not thread for use in self._running):
+            when = "runs the model while another thread is inside `activated(...)`"
+        else:
+            return
+        msg = (
+            f"Thread {thread.name!r} {when}, and has not entered it: it might get another adapter "
+            "than the code it works for. Enter activated(...) in this thread, with the adapter that "
+            "it shall use."
+        )
+        raise VariantError(msg)
 
     def is_used(self, name: str) -> bool:
         """Tell whether some code uses a variant now."""
-        return any(name in selection.names for selection in self._running)
+        return any(name in use.selection.names for use in self._running)
 
     def attach(self, modules: Iterable[nn.Module]) -> None:
         """Let modules of a variant be asked for what threads use."""
@@ -210,22 +298,69 @@ class Sharing:
         with self.lock:
             selection = select()
             self.require_shareable(self._swap_state.active)
-            terms = self._terms_of(selection)
-            self._running.append(selection)
+            use = _Use(
+                selection=selection,
+                terms=self._terms_of(selection),
+                thread=current_thread(),
+                before=frozenset(live_threads()),
+                is_recomputed=_RECOMPUTING.get(),
+            )
+            self._running.append(use)
             try:
                 self._listen()
             except BaseException:
-                self._running.remove(selection)
-                self.is_in_force = bool(self._running)
+                self._running.remove(use)
+                self.is_in_use = bool(self._running)
                 raise
-        token = _CURRENT.set({**_CURRENT.get(), self: (selection, terms)})
+        token = _CURRENT.set({**_CURRENT.get(), self: use})
         try:
             yield
         finally:
             _CURRENT.reset(token)
             with self.lock:
-                self._running.remove(selection)
+                self._running.remove(use)
+                self._started_inside = [
+                    thread
+                    for thread in live_threads()
+                    if thread in self._started_inside or thread not in use.before
+                ]
                 self._listen()
+
+    def disable(self) -> None:
+        """Have the base compute in every thread and row, until `enable`."""
+        with self.lock:
+            self._swap_state.disable()
+            self._is_off = True
+
+    def enable(self) -> None:
+        """Put the selected variant back in the model, and let threads and rows have theirs."""
+        with self.lock:
+            self._swap_state.enable()
+            self._is_off = False
+
+    @contextmanager
+    def disabled(self, enable: Callable[[], None], *, for_all: bool = True) -> Iterator[None]:
+        """Have the active variant out of the model until all such blocks have ended, in any thread.
+
+        Args:
+            enable: Puts it back, if it was in the model.
+            for_all: Have the base compute in blocks of `using` too.
+        """
+        with self.lock:
+            hold = _Hold(self._swap_state.is_enabled, for_all)
+            self._swap_state.disable()
+            self._holds.append(hold)
+        try:
+            yield
+        finally:
+            with self.lock:
+                # Other threads may have entered theirs, and not left it yet.
+                later = self._holds[self._holds.index(hold) + 1 :]
+                self._holds.remove(hold)
+                if hold.has_disabled and later:
+                    later[0].has_disabled = True
+                elif hold.has_disabled:
+                    enable()
 
     def recompute_contexts(
         self,
@@ -264,11 +399,15 @@ class Sharing:
                 raise VariantError(msg)
             return used
 
-        if used is None and self.used() is None and chosen == choice():
+        if used is None and not self.is_in_use and chosen == choice():
             yield
-        else:
+            return
+        token = _RECOMPUTING.set(True)
+        try:
             with self.using(again) if used is not None else activated(chosen):
                 yield
+        finally:
+            _RECOMPUTING.reset(token)
 
     def _terms_of(self, selection: Selection) -> dict[int, Any]:
         sites, found = self._swap_state.sites, {}
@@ -281,11 +420,11 @@ class Sharing:
     def _listen(self) -> None:
         """Put listeners where something that runs needs them, and nowhere else."""
         # First: listeners that cannot leave compute what the base does, and go with the next change.
-        self.is_in_force = bool(self._running)
+        self.is_in_use = bool(self._running)
         makers = {
             fqn: operation
-            for selection in self._running
-            for fqn, operation in selection.operations.items()
+            for use in self._running
+            for fqn, operation in use.selection.operations.items()
         }
         sites = self._swap_state.sites
         for fqn, operation in makers.items():
@@ -306,83 +445,9 @@ def _stands_for(known: nn.Module, listener: nn.Module, base: nn.Module) -> bool:
     return known is base and all(own.get(name) is found for name, found in theirs.items())
 
 
-def require_names(names: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse names of adapters that there are not.
-
-    Raises:
-        VariantError: There are such names; all are named.
-    """
-    there = set(known)
-    unknown = sorted(name for name in names if name not in there)
-    if unknown:
-        msg = f"Adapter {listed(unknown)} does not exist: expected some of {listed(sorted(there))}."
-        raise VariantError(msg)
-
-
-def weights_of(choice: str | Mapping[str, float]) -> dict[str, float]:
-    """Return the weights of the variants that a choice stands for; none for `BASE`.
-
-    Raises:
-        OptionsError: A weight is no finite number.
-
-    Example:
-        >>> weights_of("fr"), weights_of({"fr": 1, "legal": 0.5}), weights_of(BASE)
-        ({'fr': 1.0}, {'fr': 1.0, 'legal': 0.5}, {})
-    """
-    if isinstance(choice, str):
-        return {} if choice == BASE else {choice: 1.0}
-    bad = [
-        f"{name!r}: {weight!r}"
-        for name, weight in choice.items()
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not isfinite(weight)
-    ]
-    if bad:
-        msg = f"Weights of variants must be finite numbers, got {', '.join(bad)}. Fix them."
-        raise OptionsError(msg)
-    return {name: float(weight) for name, weight in choice.items()}
-
-
-def repeats_of(batch: int, num_rows: int) -> int:
-    """Return how many rows of a batch each row that was named stands for, in succession.
-
-    Raises:
-        OptionsError: The batch has another number of rows.
-
-    Example:
-        >>> repeats_of(6, 2)
-        3
-    """
-    if batch % num_rows:
-        msg = (
-            f"Batch has {batch} rows: expected {num_rows}, one for each adapter name, or a multiple "
-            "of that. Name one adapter for each row."
-        )
-        raise OptionsError(msg)
-    return batch // num_rows
-
-
-def rows_at(places: Sequence[int], place: int, repeats: int) -> slice | list[int]:
-    """Return the rows of a batch at a place; a slice, which copies nothing, if they are neighbours.
-
-    Args:
-        places: Of the rows that were named; one of them is `place`.
-        place: Any number.
-        repeats: How many rows in succession each of those stands for.
-
-    Example:
-        >>> rows_at([0, 1, 1], 1, repeats=2), rows_at([1, 0, 1], 1, repeats=1)
-        (slice(2, 6, None), [0, 2])
-    """
-    found = [row for row, at in enumerate(places) if at == place]
-    if found[-1] - found[0] == len(found) - 1:
-        return slice(found[0] * repeats, (found[-1] + 1) * repeats)
-    return [row * repeats + again for row in found for again in range(repeats)]
-
-
 @torch.compiler.disable(reason="it would not see which variants a thread uses")  # type: ignore[untyped-decorator,no-untyped-call]
 def _uncompiled_terms(sharing: Sharing) -> Mapping[int, Any] | None:
-    found = _CURRENT.get().get(sharing)
-    return None if found is None else found[1]
+    return sharing._found_terms()  # noqa: SLF001 (undecorated)
 
 
 def _nobody() -> None:

@@ -8,6 +8,7 @@ from contextlib import suppress
 import pytest
 import torch
 from support.families import build, open_gates_, tokens
+from support.threads import Turns, inside
 from surgery_adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
 
 from surgery_core import DriftError, VariantError
@@ -80,14 +81,10 @@ def test_contexts_nest_and_errors_end_them(model):
 
 
 def test_what_is_active_may_change_meanwhile(model):
-    """The context keeps its adapter; code outside gets what is active, also without modules below."""
+    """The context keeps its adapter; the main thread gets what is active, also without modules below."""
     expected = expected_logits(model)
 
-    def outside():
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(logits, model).result()
-
-    with model.activated("legal"):
+    with inside(model.activated("legal")) as call:
         for change, name in (
             (lambda: model.set_adapter("plain"), "plain"),
             (model.disable_adapter_layers, "__base__"),
@@ -98,8 +95,9 @@ def test_what_is_active_may_change_meanwhile(model):
             (lambda: model.set_adapter("fr"), "fr"),
         ):
             change()
-            assert torch.equal(expected["legal"], logits(model))
-            assert torch.equal(expected[name], outside()), name
+            kept = "__base__" if name == "__base__" else "legal"
+            assert torch.equal(expected[kept], call(logits, model)), name
+            assert torch.equal(expected[name], logits(model)), name
 
 
 def test_two_models_in_one_context_do_not_mix(model):
@@ -156,13 +154,13 @@ def test_threads_never_mix(model):
     """Under load, with one that switches the active adapter all the while."""
     expected = expected_logits(model)
     barrier = threading.Barrier(7)
-    stop = threading.Event()
+    stop, turns = threading.Event(), Turns()
     switches = []
 
     def run(choice):
         barrier.wait()
         for _ in range(60):
-            with model.activated(choice):
+            with turns.shared(), model.activated(choice):
                 assert torch.equal(expected[str(choice)], logits(model)), choice
                 assert torch.equal(expected[str(choice)], logits(model)), choice
 
@@ -172,8 +170,8 @@ def test_threads_never_mix(model):
             for name in ("legal", {"fr": 0.5, "legal": 2.0}, "plain", "fr"):
                 model.set_adapter(name)
                 switches.append(name)
-            with model.disable_adapter():
-                pass
+            with turns.alone(), model.disable_adapter(), model.activated("legal"):
+                assert torch.equal(expected["__base__"], logits(model))
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

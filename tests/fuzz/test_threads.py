@@ -18,6 +18,7 @@ import torch
 from core.toys import Net, example
 from fuzz.readers import LOW_RANK
 from support.families import build, open_gates_, tokens
+from support.threads import Turns
 from surgery_adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
 
 from surgery_core import ModelRecipe, SurgeryError, read_record
@@ -102,18 +103,18 @@ def test_threads_on_an_adaption_prompt_model(tmp_path, record_property):  # noqa
     assert len(CHOICES) == len({tuple(x.flatten().tolist()) for x in expected.values()})
     model.save_pretrained(tmp_path / "all")
     saved = (tmp_path / "all" / "legal" / "adapter_model.safetensors").read_bytes()
-    numbers = itertools.count()
+    numbers, turns = itertools.count(), Turns()
 
     def make_actions(thread, draw):
         def run():
             choice = draw.choice(CHOICES)
-            with model.activated(choice):
+            with turns.shared(), model.activated(choice):
                 for _ in range(draw.randint(1, 3)):
                     assert torch.equal(expected[str(choice)], logits(model)), choice
 
         def run_nested():
             outer, inner = draw.sample(CHOICES, 2)
-            with model.activated(outer):
+            with turns.shared(), model.activated(outer):
                 with model.activated(inner):
                     assert torch.equal(expected[str(inner)], logits(model)), inner
                 assert torch.equal(expected[str(outer)], logits(model)), outer
@@ -122,7 +123,7 @@ def test_threads_on_an_adaption_prompt_model(tmp_path, record_property):  # noqa
             name, source = f"disk{next(numbers)}", draw.choice(["fr", "legal", "plain"])
             model.load_adapter(tmp_path / "all" / source, name, base_check="error")
             try:
-                with model.activated(name):
+                with turns.shared(), model.activated(name):
                     assert torch.equal(expected[source], logits(model)), source
             finally:
                 model.delete_adapter(name)
@@ -140,8 +141,9 @@ def test_threads_on_an_adaption_prompt_model(tmp_path, record_property):  # noqa
             model.set_adapter(draw.choice(["fr", "legal", "plain", {"fr": 1.0, "plain": 0.5}]))
 
         def disable():
-            with model.disable_adapter():
-                run()
+            choice = draw.choice(CHOICES)
+            with turns.alone(), model.disable_adapter(), model.activated(choice):
+                assert torch.equal(expected["__base__"], logits(model)), choice
 
         def save():
             folder = tmp_path / f"thread{thread}"

@@ -8,6 +8,7 @@ from contextlib import ExitStack, suppress
 
 import pytest
 import torch
+from support.threads import Turns, inside
 from surgery_low_rank import LowRankLinear, merge_, plugin
 from torch import nn
 
@@ -92,15 +93,11 @@ def test_contexts_nest_and_errors_end_them(edited):
 
 
 def test_what_is_active_may_change_meanwhile(edited):
-    """The context keeps its rows; code outside gets what is active."""
+    """The context keeps its rows; the main thread gets what is active."""
     expected = expected_outputs(edited)
 
-    def outside():
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(output, edited).result()
-
     rows = ["b", BASE, "a"]
-    with edited.activated(rows), ExitStack() as stack:
+    with inside(edited.activated(rows)) as call, ExitStack() as stack:
         for change, choice in (
             (lambda: edited.set_active("last"), "last"),
             (lambda: edited.set_active(MIX), MIX),
@@ -109,8 +106,9 @@ def test_what_is_active_may_change_meanwhile(edited):
             (stack.close, "b"),
         ):
             change()
-            assert torch.equal(expected[str(rows)], output(edited))
-            assert torch.equal(expected[str(choice)], outside()), choice
+            kept = BASE if choice == BASE else rows
+            assert torch.equal(expected[str(kept)], call(output, edited)), choice
+            assert torch.equal(expected[str(choice)], output(edited)), choice
     assert "b" == edited.active
 
 
@@ -118,11 +116,11 @@ def test_what_is_active_may_change_meanwhile(edited):
 def test_threads_never_mix(edited):
     """Under load, with one that switches the active adapter all the while."""
     expected = expected_outputs(edited)
-    running, switches = [True], []
+    running, switches, turns = [True], [], Turns()
 
     def run(choice):
         for _ in range(60):
-            with edited.activated(choice):
+            with turns.shared(), edited.activated(choice):
                 for _ in range(2):
                     assert torch.equal(expected[str(choice)], output(edited)), choice
 
@@ -131,8 +129,8 @@ def test_threads_never_mix(edited):
             for choice in ("last", MIX, "b", "a"):
                 edited.set_active(choice)
                 switches.append(choice)
-            with edited.disabled():
-                pass
+            with turns.alone(), edited.disabled(), edited.activated("b"):
+                assert torch.equal(expected[BASE], output(edited))
 
     with ThreadPoolExecutor(len(CHOICES) + 1) as pool:
         switching = pool.submit(switch)

@@ -141,30 +141,34 @@ class AdapterManager(BaseFacade):
     def enable_adapter_layers(self) -> None:
         """Put the selected adapter's modules back in the model; harmless when they are there."""
         with self.sharing.lock:
-            self.swap_state.enable()
+            self.sharing.enable()
 
     def disable_adapter_layers(self) -> None:
-        """Take the active adapter's modules out of the model; harmless when they are out."""
-        with self.sharing.lock:
-            self.swap_state.disable()
+        """Take the active adapter's modules out of the model; harmless when they are out.
+
+        The base computes then, also for rows and in threads inside `activated`.
+        """
+        self.sharing.disable()
 
     @contextmanager
     def disable_adapter(self) -> Iterator[Self]:
-        """Run the base model for a while; may be nested."""
-        was_enabled = self.swap_state.is_enabled
-        self.disable_adapter_layers()
-        try:
+        """Run the base model for a while; may be nested.
+
+        This is for the whole model, as in PEFT, and wins over `activated` and `adapter_names`: rows
+        and other threads get the base too, until the last such block ends.
+        """
+        with self.sharing.disabled(self.enable_adapter_layers):
             yield self
-        finally:
-            if was_enabled:
-                self.enable_adapter_layers()
 
     @contextmanager
     def activated(self, adapters: Choice | Sequence[Choice]) -> Iterator[Self]:
-        """Use adapters in this thread or asyncio task only; others go on with theirs.
+        """Use adapters in this thread or asyncio task only.
 
-        A thread that is started inside does not inherit it: enter it there, or pass
-        `adapter_names` to `generate`. Compiled code refuses to run inside; see `fixed_rows`.
+        Disabling wins: while the adapters are disabled, by whatever thread, the base computes here
+        too. No other thread inherits the block, as those of executors, `DataParallel` or
+        `generate_batch`: while it is open they are refused, until they enter one themselves or pass
+        `adapter_names`. The main thread goes on with the active adapter, and so does other code of
+        this thread. Compiled code refuses to run inside; see `fixed_rows`.
 
         Args:
             adapters: An adapter's name, names with weights, or `"__base__"`; or a list with one of
@@ -224,7 +228,7 @@ class AdapterManager(BaseFacade):
                 if self.sharing.is_used(name):
                     self._require_unshared(name)
             self.swap_state.disable()
-            if not self.sharing.is_in_force:
+            if not self.sharing.is_in_use:
                 # What a context could not take out when it ended.
                 self.swap_state.underlay({})
             self._forget_derived()
@@ -327,7 +331,7 @@ class AdapterManager(BaseFacade):
 
     def _activate(self, variant: str) -> None:
         """Select a variant, and forget what is derived and no longer selected."""
-        if self.sharing.is_in_force:
+        if self.sharing.is_in_use:
             self.sharing.require_shareable(variant)
         self.swap_state.set(variant)
         if self._derived is not None and self._derived.variant != variant:

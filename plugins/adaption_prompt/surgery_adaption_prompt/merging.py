@@ -79,7 +79,7 @@ class MergingManager(AdapterManager):
     def _active_shares(self) -> dict[str, list[Share]]:
         """Return what is active by FQN, if it can be merged."""
         self._require_enabled("merge_adapter")
-        if self.sharing.is_in_force:
+        if self.sharing.is_in_use:
             msg = (
                 "Nothing is merged: expected no thread that uses adapters of its own, since it would "
                 "get the merged bias too. Merge when they are done."

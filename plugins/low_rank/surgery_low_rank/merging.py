@@ -190,7 +190,7 @@ def _problem(module: LowRankLinear) -> str | None:
     base = type(next(m for m in module.overlay_stack() if not isinstance(m, LowRankLinear)))
     if module.is_merged:
         return "one that is merged already"
-    if module.sharing is not None and module.sharing.is_in_force:
+    if module.sharing is not None and module.sharing.is_in_use:
         return "one that rows or threads use other variants at"
     if weight is None:
         return "no weight of its own"
