@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from threading import RLock, Thread, current_thread, main_thread
 from threading import enumerate as live_threads
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from surgery_core.batches import BatchWatch
 from surgery_core.errors import ContractError, OptionsError, VariantError, listed
 from surgery_core.operation import BASE, Operation, WeightedModule
 from surgery_core.swap import SwapState, Variants
@@ -28,6 +29,9 @@ class Shareable(nn.Module):
     """
 
     sharing: "Sharing | None" = None
+
+    needs_batch_axis: ClassVar[bool] = False
+    """Whether it gives each row its own by the first axis of its input, and asks `axis_problem`."""
 
     def sharing_problem(self) -> str | None:
         """Tell why other code would get this module's terms too now, though it uses others.
@@ -117,7 +121,7 @@ def _check_place(
     raise ContractError(msg, fqn=fqn, expected=expected, actual=actual)
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Use:
     """A block of `using` that some code is in.
 
@@ -189,6 +193,7 @@ class Sharing:
         self._started_inside: list[Thread] = []
         self._is_off = False
         self._holds: list[_Hold] = []
+        self._batches = BatchWatch(swap_state._model[0])  # noqa: SLF001 (the model that both are for)
         self._listeners: dict[str, tuple[nn.Module, nn.Module]] = {}
 
     @property
@@ -248,6 +253,27 @@ class Sharing:
             "it shall use."
         )
         raise VariantError(msg)
+
+    def axis_problem(self, fqn: str, x: Tensor, num_rows: int) -> str | None:
+        """Tell why the first axis of a layer's input is not the batch of the running pass, or may not be.
+
+        Args:
+            fqn: Of the layer, whose listener has `needs_batch_axis`.
+            x: What it got.
+            num_rows: That were named.
+
+        Returns:
+            What is wrong; None if the axis is the batch.
+        """
+        return self._batches.problem(fqn, x, num_rows, self._base_alone)
+
+    def _base_alone(self, function: Callable[[], Any]) -> Any:  # noqa: ANN401 (whatever it returns)
+        use = _Use(_NOTHING, {}, current_thread(), before=frozenset(), is_recomputed=True)
+        token = _CURRENT.set({**_CURRENT.get(), self: use})
+        try:
+            return function()
+        finally:
+            _CURRENT.reset(token)
 
     def is_used(self, name: str) -> bool:
         """Tell whether some code uses a variant now."""
@@ -434,6 +460,15 @@ class Sharing:
                 self.attach([listener])
                 self._listeners[fqn] = base, listener
         self._swap_state.underlay({fqn: self._listeners[fqn][1] for fqn in makers})
+        self._batches.watch(
+            {
+                fqn
+                for use in self._running
+                for fqn, rows in use.selection.rows.items()
+                if any(row != rows[0] for row in rows)
+                and cast("Shareable", self._listeners[fqn][1]).needs_batch_axis
+            }
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _nobody, ()

@@ -285,11 +285,15 @@ def test_an_adapter_with_scales_stays_out_while_others_are_used():
     disabled = edited.disabled()
     disabled.__enter__()
     with edited.activated("prompts"):
-        expected = logits(edited)
+        base = logits(edited)
         with pytest.raises(ContractError, match="'scaled' cannot be active while threads"):
             disabled.__exit__(None, None, None)
-        assert torch.equal(expected, logits(edited))
+        actual = logits(edited)
+    edited.set_active("prompts")
+    edited.sharing.enable()
+    assert torch.equal(logits(edited), actual)
     edited.revert()
+    assert torch.equal(base, logits(edited))
 
 
 @pytest.mark.peft

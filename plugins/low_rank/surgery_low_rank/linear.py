@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from surgery_core import Overlay, Shareable, make_overlay, replacement_device
+from surgery_core import Overlay, Shareable, Sharing, make_overlay, replacement_device
 from surgery_low_rank.functional import low_rank_term
 from surgery_low_rank.options import LowRankOptions, parameter_dtype
 
@@ -62,7 +62,7 @@ class Part:
 class OtherTerms(Protocol):
     """What the code that runs now gets from a layer in place of the layer's own terms."""
 
-    def added_to(self, output: Tensor, x: Tensor, *, is_training: bool) -> Tensor:
+    def added_to(self, output: Tensor, x: Tensor, *, is_training: bool, sharing: Sharing) -> Tensor:
         """Return the output of the base's forward with them."""
 
 
@@ -87,6 +87,7 @@ class LowRankLinear(Overlay, Shareable):
     """
 
     overlay_prefix = "LowRank"
+    needs_batch_axis = True
 
     low_rank_parts: tuple[Part, ...]
     is_merged: bool
@@ -104,7 +105,7 @@ class LowRankLinear(Overlay, Shareable):
                 other: OtherTerms | None = terms.get(id(self.overlay_base))
                 if other is None:
                     return output
-                return other.added_to(output, input, is_training=self.training)
+                return other.added_to(output, input, is_training=self.training, sharing=sharing)
         found = output
         for part in self.low_rank_parts:
             found = found + part.term(self, input, is_training=self.training)

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from surgery_core import OptionsError, WeightedModule, rows_at
+from surgery_core import OptionsError, Sharing, WeightedModule, rows_at
 from surgery_low_rank.functional import wide
 from surgery_low_rank.linear import LowRankLinear, Part
 
@@ -53,7 +53,7 @@ class RowTerms:
         self._kept: dict[tuple[bool, int, torch.device], _Places] = {}
 
     @torch.compiler.disable(reason="rows are those of one context")  # type: ignore[untyped-decorator,no-untyped-call]
-    def added_to(self, output: Tensor, x: Tensor, *, is_training: bool) -> Tensor:
+    def added_to(self, output: Tensor, x: Tensor, *, is_training: bool, sharing: Sharing) -> Tensor:
         """Return the output of the base's forward with each row's terms.
 
         Args:
@@ -61,17 +61,19 @@ class RowTerms:
                 counts that many times in succession, as beam search lays them out.
             x: `(batch, ..., in_features)`, what the base's forward was given.
             is_training: Whether features of it may be dropped.
+            sharing: Knows the batch of the pass.
 
         Returns:
             Shape and dtype of `output`. Rows of the base are as they were.
 
         Raises:
-            OptionsError: The batch has another number of rows, or the input has no axis besides
-                that of its features and one more, which may then count tokens of all rows.
+            OptionsError: The batch has another number of rows, or is not, or may not be, the first
+                axis of the input; or the input has no axis besides that of its features and one
+                more, which may then count tokens of all rows.
         """
         if self._num_rows == 1:
             return self._groups[0].added_to(output, x, is_training=is_training)
-        self._check(x)
+        self._check(x, sharing)
         # Dropping features is each variant's own.
         is_long = is_training or x.shape[1:-1].numel() >= LONG
         steps = self._groups if is_long else self._stacks
@@ -87,7 +89,7 @@ class RowTerms:
         found = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return found if places.back is None else found[places.back]
 
-    def _check(self, x: Tensor) -> None:
+    def _check(self, x: Tensor, sharing: Sharing) -> None:
         if x.dim() < _MIN_AXES:
             msg = (
                 f"Linear layer {self._fqn!r} got an input of shape {tuple(x.shape)} for rows with "
@@ -101,6 +103,14 @@ class RowTerms:
                 "one for each choice of variants, or a multiple of that. Name one for each row. If "
                 "another plugin calls the layer with an input of its own, as prompts do for their "
                 "keys and values, give the whole batch one choice."
+            )
+            raise OptionsError(msg)
+        problem = sharing.axis_problem(self._fqn, x, self._num_rows)
+        if problem is not None:
+            msg = (
+                f"Linear layer {self._fqn!r} got an input of shape {tuple(x.shape)} for rows with "
+                f"adapters that differ: expected (batch, ..., in_features), but {problem}. Give the "
+                "whole batch one adapter, or make the batch another length than the sequence."
             )
             raise OptionsError(msg)
 
