@@ -10,8 +10,9 @@ from torch.nn.parameter import is_lazy
 
 from surgery_core.errors import ContractError
 from surgery_core.preflight import execution_device
+from surgery_core.reads import reads_parameters
 from surgery_core.sharded import is_sharded
-from surgery_core.slots import Site
+from surgery_core.slots import Site, Slot, SlotKind
 
 
 def check_forward(site: Site, operation: str) -> None:
@@ -79,9 +80,17 @@ def _linear_problems(site: Site, added: Sequence[str]) -> Iterator[tuple[str, st
         )
     if any(is_lazy(parameter) for parameter in module.parameters()):
         yield "a layer with shapes", "a lazy one", "Run the model once before planning"
-    # Both read the weights of these layers, and call none of them; the second in its fast path.
+    # Both read the weights of these layers, and call none of them; the second in its fast path. Others'
+    # code tells.
     readers = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-    owner = next((s.container for s in site.slots if isinstance(s.container, readers)), None)
+    owner = next(
+        (
+            slot.container
+            for slot in site.slots
+            if isinstance(slot.container, readers) or _is_read(slot, module)
+        ),
+        None,
+    )
     if owner is not None or isinstance(module, NonDynamicallyQuantizableLinear):
         reader = "MultiheadAttention" if owner is None else type(owner).__name__
         yield (
@@ -89,6 +98,15 @@ def _linear_problems(site: Site, added: Sequence[str]) -> Iterator[tuple[str, st
             f"one whose weight {reader} reads",
             "Exclude it: what was added would be passed over",
         )
+
+
+def _is_read(slot: Slot, module: nn.Module) -> bool:
+    owner, names = slot.container, [n for n, p in module.named_parameters() if p is not None]
+    return (
+        isinstance(owner, nn.Module)
+        and slot.kind is SlotKind.CHILD
+        and reads_parameters(type(owner), str(slot.key), names)
+    )
 
 
 def is_dispatched(module: nn.Module) -> bool:
