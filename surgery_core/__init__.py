@@ -56,6 +56,7 @@ from surgery_core.preflight import Diagnostic, check_preflight, diagnose, execut
 from surgery_core.recipe import ModelRecipe, Recipe, dump_recipe, load_recipe
 from surgery_core.record import Record, read_record
 from surgery_core.regular import read_text
+from surgery_core.selection import Selection, Shareable, select
 from surgery_core.selectors import (
     Exact,
     Glob,
@@ -77,7 +78,7 @@ from surgery_core.sharded import (
     whole_tensor,
     whole_tensors,
 )
-from surgery_core.sharing import Selection, Shareable, Sharing, select
+from surgery_core.sharing import Sharing
 from surgery_core.shown import Shown, format_table
 from surgery_core.slots import Site, Slot, SlotIndex
 from surgery_core.surgery import Plan, Replacement, Surgery

@@ -24,7 +24,7 @@ def weights_of(choice: str | Mapping[str, float]) -> dict[str, float]:
     """Return the weights of the variants that a choice stands for; none for `BASE`.
 
     Raises:
-        OptionsError: A weight is no finite number.
+        OptionsError: It is neither a name nor names with weights, or a weight is not a finite number.
 
     Example:
         >>> weights_of("fr"), weights_of({"fr": 1, "legal": 0.5}), weights_of(BASE)
@@ -32,6 +32,13 @@ def weights_of(choice: str | Mapping[str, float]) -> dict[str, float]:
     """
     if isinstance(choice, str):
         return {} if choice == BASE else {choice: 1.0}
+    if not isinstance(choice, Mapping) or not all(isinstance(name, str) for name in choice):
+        msg = (
+            "A choice of adapters is a name, or a mapping of names to weights such as "
+            f'{{"a": 1.0, "b": 0.5}}, got {choice!r}. Give either; a list is for the rows of a batch, '
+            "in activated()."
+        )
+        raise OptionsError(msg)
     bad = [
         f"{name!r}: {weight!r}"
         for name, weight in choice.items()

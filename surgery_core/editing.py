@@ -2,23 +2,25 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from itertools import count
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
 
+from surgery_core.adapter_plan import AdapterPlan
 from surgery_core.choices import require_names, weights_of
 from surgery_core.composing import compose_all
+from surgery_core.conditions import require_changeable, require_in_place
 from surgery_core.environment import hidden
-from surgery_core.errors import DriftError, VariantError, listed
-from surgery_core.model_document import RULES, Choice, ModelDocument
-from surgery_core.operation import BASE, BoundRule, Operation, Saved
+from surgery_core.errors import OptionsError, VariantError, listed
+from surgery_core.model_document import RULES, Choice, ModelDocument, names_in
+from surgery_core.operation import BASE, BoundRule, Operation
 from surgery_core.optimizers import OptimizerGroup
 from surgery_core.recipe import ModelRecipe
+from surgery_core.selection import Selection, select
 from surgery_core.sharded import reshard_
-from surgery_core.sharing import Selection, Sharing, select
+from surgery_core.sharing import Sharing
 from surgery_core.slots import Slot
 from surgery_core.snapshots import Snapshot, snapshot
 from surgery_core.surgery import Plan, Surgery
@@ -28,21 +30,6 @@ from surgery_core.transaction import OnWrite, Transaction, passing_places
 
 _COMPOSITIONS = ("composition/1", "composition/2")
 """Variants made of adapters: one may be taken while the next is made. Adapters' names have no `/`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class AdapterPlan:
-    """An adapter that was planned.
-
-    Args:
-        rules: What makes it up, options complete.
-        plan: For the model as it is without rules and adapters.
-        saved: The tensors it starts from; None for the operation's own.
-    """
-
-    rules: tuple[BoundRule, ...]
-    plan: Plan
-    saved: Saved | None
 
 
 class ModelPlan:
@@ -162,7 +149,8 @@ class EditedModel:
             # With adapters, the model they are for must stay where it is.
             self.surgery = plan.rules[1].apply(on_write=on_write, in_place=bool(plan.adapters))
         for name, adapter in plan.adapters.items():
-            self.swap_state.add(name, self._again(name, adapter))
+            is_first = self.surgery is None
+            self.swap_state.add(name, adapter.plan if is_first else adapter.again(name, plan.model))
             self._share(name)
             if adapter.saved is not None:
                 self.load_(name, adapter.saved.state)
@@ -177,24 +165,12 @@ class EditedModel:
             self.set_active(plan.recipe.selected)
         self.swap_state.on_write = None
 
-    def _again(self, name: str, adapter: AdapterPlan) -> Plan:
-        """Plan an adapter for the model with the rules applied; the edits are those planned."""
-        if self.surgery is None:
-            return adapter.plan
-        found = Plan.draft(self.plan.model, adapter.rules)
-        if found.document.edits != adapter.plan.document.edits:
-            msg = (
-                f"Adapter {name!r} would be another after the rules: expected the edits planned, "
-                f"got {found.document.render()}. Keep the rules from changing what it is for."
-            )
-            raise DriftError(msg, fqns=[edit.fqn for edit in found.document.edits])
-        return found
-
     def set_active(self, choice: Choice) -> None:
         """Make an adapter the active one, or several with weights.
 
         Raises:
             VariantError: There is no such adapter.
+            OptionsError: The choice is neither a name nor names with weights.
             ContractError: They cannot be active together.
             DriftError: A place holds something else than was put there.
         """
@@ -202,7 +178,7 @@ class EditedModel:
             self._set_active(choice)
 
     def _set_active(self, choice: Choice) -> None:
-        self._require_applied()
+        self.check_in_place()
         if isinstance(choice, str):
             self._require(choice)
             if self.sharing.is_in_use:
@@ -211,6 +187,9 @@ class EditedModel:
             self._drop_compositions()
             return
         weights = weights_of(choice)
+        if not weights:
+            msg = "No adapter is named: got no weights. Name one, or use disabled() for the base."
+            raise OptionsError(msg)
         require_names(weights, self.plan.adapters)
         rules, loans = compose_all(weights, {name: self._made(name) for name in weights})
         name = next(name for name in _COMPOSITIONS if name not in self.swap_state.names)
@@ -245,7 +224,8 @@ class EditedModel:
             OptionsError: There are no rows, or a weight is not finite.
             ContractError: An adapter, or the active one, cannot be used beside others.
         """
-        choices = [choice] if isinstance(choice, str | Mapping) else choice
+        is_one = isinstance(choice, str | Mapping) or not isinstance(choice, Sequence)
+        choices = cast("Sequence[Choice]", [choice] if is_one else choice)
         with self.sharing.using(lambda: self._select(choices)):
             yield self
 
@@ -264,7 +244,7 @@ class EditedModel:
         return BASE if active is None or not self.swap_state.is_enabled else active
 
     def _select(self, choices: Sequence[Choice]) -> Selection:
-        self._require_applied()
+        self.check_in_place()
         weights = [weights_of(choice) for choice in choices]
         names = {name for found in weights for name in found}
         require_names(names, self.plan.adapters)
@@ -298,9 +278,10 @@ class EditedModel:
         computed in part without its adapter.
 
         Raises:
-            ContractError: At the end, if some code uses others by then, beside which the active one
-                cannot be; it stays out.
+            ContractError: What is active is merged into the base's weights; or, at the end, some code
+                uses others by then, beside which the active one cannot be, and it stays out.
         """
+        self._require_unmerged("Adapters cannot be disabled")
         with self.sharing.disabled(self._enable):
             yield self
 
@@ -319,8 +300,10 @@ class EditedModel:
         Raises:
             DriftError: Somebody replaced a module that was put in place.
             VariantError: It has been reverted already.
+            ContractError: Something is merged into the base's weights.
         """
         self._require_applied()
+        self._require_unmerged("Model cannot be had as it was before")
         with (
             self.sharing.disabled(self._enable, for_all=for_all),
             nullcontext() if self.surgery is None else self.surgery.paused(),
@@ -355,18 +338,11 @@ class EditedModel:
             VariantError: There is no such adapter.
         """
         reshard_(self.model)
-        if name == RULES and self.surgery is not None:
-            pairs = {
-                item.site.fqn: (item.site.module, item.module) for item in self.surgery.replacements
-            }
-        else:
-            pairs = {
-                fqn: (self.swap_state.sites[fqn].module, module)
-                for fqn, module in self.variant(name).items()
-            }
+        if name != RULES or self.surgery is None:
+            self._require(name)
         return {
             f"{fqn}.{key}" if fqn else key: tensor
-            for fqn, (before, after) in pairs.items()
+            for fqn, (before, after) in self._pairs(name).items()
             for key, tensor in owned_tensors(before, after).items()
         }
 
@@ -381,15 +357,37 @@ class EditedModel:
         Raises:
             VariantError: There is no such adapter.
             StateError: Keys are missing or unexpected, a shape differs, or a value is not finite.
+            ContractError: It is merged into the weights of layers, which would stay as they are.
         """
-        load_tensors_(
-            self.tensors(name),
-            state,
-            subject=f"Tensors do not fit {name!r}",
-            fix="Use the options and the model that they were saved with.",
-            beside=self.model.parameters(),
-        )
-        self.loaded.add(name)
+        with self.sharing.lock:
+            tensors = self.tensors(name)
+            self._require_unmerged(f"Tensors of {name!r} cannot be loaded", name)
+            load_tensors_(
+                tensors,
+                state,
+                subject=f"Tensors do not fit {name!r}",
+                fix="Use the options and the model that they were saved with.",
+                beside=self.model.parameters(),
+            )
+            self.loaded.add(name)
+
+    def _require_unmerged(self, what: str, *names: str) -> None:
+        """Refuse what cannot be done while the adapters named are merged; if none, what is placed."""
+        selected = self.swap_state.selected
+        if not names or not {*names}.isdisjoint({RULES, *names_in(self.active)}):
+            names = (*names, RULES, *([] if selected is None else [selected]))
+        for name in names:
+            require_changeable({f: after for f, (_, after) in self._pairs(name).items()}, what=what)
+
+    def _pairs(self, name: str) -> dict[str, tuple[nn.Module, nn.Module]]:
+        """Return what was there before, and what is there with an adapter or the rules, by FQN."""
+        if name == RULES:
+            placed = self.surgery.replacements if self.surgery is not None else ()
+            return {item.site.fqn: (item.site.module, item.module) for item in placed}
+        sites = self.swap_state.sites
+        with self.sharing.lock:
+            variant = self.swap_state.variant(name)
+        return {fqn: (sites[fqn].module, module) for fqn, module in variant.items()}
 
     def added_parameters(self, names: Sequence[str] | None = None) -> list[nn.Parameter]:
         """Return the parameters to train: those that were brought, and get gradients.
@@ -400,6 +398,7 @@ class EditedModel:
         Raises:
             VariantError: There is no such adapter.
         """
+        names = [names] if isinstance(names, str) else names
         if names is None:
             names = [*([RULES] if self.surgery is not None else []), *self.plan.adapters]
         found = {
@@ -475,8 +474,18 @@ class EditedModel:
             self._groups.pop().remove()
         self.is_applied = False
 
+    def check_in_place(self) -> None:
+        """Refuse a model that is reverted, or in which a module was exchanged.
+
+        Raises:
+            VariantError: It is reverted.
+            DriftError: A module that was put in place is not there; all places are named.
+        """
+        self._require_applied()
+        require_in_place(self.swap_state, () if self.surgery is None else self.surgery.replacements)
+
     def _require(self, name: str) -> None:
-        if name not in self.plan.adapters:
+        if not isinstance(name, str) or name not in self.plan.adapters:
             msg = f"Adapter {name!r} does not exist: expected one of {listed(self.adapters)}."
             raise VariantError(msg)
 

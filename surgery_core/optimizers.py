@@ -46,6 +46,10 @@ class OptimizerGroup:
         if not parameters:
             msg = "Optimizer gets no group: expected parameters to train, got none."
             raise OptionsError(msg)
+        if not isinstance(getattr(optimizer, "param_groups", None), list):
+            kind = type(optimizer).__name__
+            msg = f"Optimizer must be one of torch.optim, got {kind}. Make one first."
+            raise OptionsError(msg)
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         num_known = sum(id(parameter) in known for parameter in parameters)
         if num_known:

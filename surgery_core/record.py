@@ -100,7 +100,10 @@ def save_record(
 
     Raises:
         StateError: A tensor has no values, or values that are not finite; nothing was written.
+        DriftError: A module that was put in place is not there; same.
+        ContractError: Something is merged into the base's weights; same.
     """
+    edited.check_in_place()
     found = {name: edited.tensors(name) for name in edited.plan.document.documents}
     state = {
         f"{name}:{key}": tensor

@@ -7,7 +7,9 @@ from typing import Literal
 
 from torch import nn
 
-from surgery_core.editing import AdapterPlan, EditedModel, ModelPlan
+from surgery_core.adapter_plan import AdapterPlan
+from surgery_core.conditions import require_kind
+from surgery_core.editing import EditedModel, ModelPlan
 from surgery_core.environment import as_written, hidden, put_in
 from surgery_core.errors import ContractError, OptionsError, SurgeryError, listed
 from surgery_core.operation import BoundRule, Rule, Saved
@@ -52,6 +54,10 @@ class Session:
         discover: bool = True,
         allow_code: bool = False,
     ) -> None:
+        if not isinstance(plugins, Iterable) or isinstance(plugins, str):
+            kind = type(plugins).__name__
+            msg = f"Plugins must be a list of modules or objects, got {kind}. Put it in a list."
+            raise OptionsError(msg)
         self.plugins = Plugins(plugins, discover=discover)
         self.allow_code = allow_code
 
@@ -94,6 +100,10 @@ class Session:
             ContractError: A module does not suit its operation.
             PreflightError: The model is wrapped in something that keeps it from being worked on.
         """
+        _require_model(model)
+        require_kind(rules, (list, tuple), what="Rules", fix="Give a list of Rule.")
+        for rule in rules:
+            require_kind(rule, Rule, what="Each rule", fix="Make it with Rule(operation=...).")
         if not rules:
             msg = "Rules are empty: expected at least one rule. Name an operation."
             raise OptionsError(msg)
@@ -116,6 +126,9 @@ class Session:
             ConflictError: An adapter is for a module that a rule changes too, or for one inside.
             OptionsError: The recipe has several models, or none of that name.
         """
+        _require_model(model)
+        fix = "Use ModelRecipe.model_validate for a mapping."
+        require_kind(recipe, (Recipe, ModelRecipe), what="Recipe", fix=fix)
         whole = recipe if isinstance(recipe, Recipe) else Recipe(models={"model": recipe})
         place = _place(whole, name)
         part = whole.models[place[-1]]
@@ -154,6 +167,7 @@ class Session:
 
     def save(self, edited: EditedModel, folder: str | os.PathLike[str]) -> None:
         """Write a record of an applied recipe; see `save_record`."""
+        _require_edited(edited)
         names = self.plugins.operations
         save_record(edited, folder, operations={name: self.plugins.owner(name) for name in names})
 
@@ -177,6 +191,7 @@ class Session:
             RecordError: The record is damaged, or of another model.
             SurgeryError: See `replay` and `rematch`; the model is unchanged.
         """
+        _require_model(model)
         record = read_record(folder)
         if on_other_model == "rematch":
             return rematch(model, record, self.plan_recipe)
@@ -226,9 +241,12 @@ class Session:
 
         Raises:
             VariantError: There is no such adapter.
+            DriftError: A module that was put in place is not there.
             ContractError: The operation has no format of its own, or the adapter has several rules.
             SurgeryError: The adapter cannot be said in that format; nothing was written.
         """
+        _require_edited(edited)
+        edited.check_in_place()
         reshard_(edited.model)
         modules = edited.variant(name)
         (rule, *others) = edited.plan.adapters[name].rules
@@ -276,6 +294,15 @@ def load(
     """
     session = Session()
     return session.load(model, folder, base_check=base_check, on_other_model=on_other_model)
+
+
+def _require_model(model: object) -> None:
+    require_kind(model, nn.Module, what="Model", fix="Give the model itself.")
+
+
+def _require_edited(edited: object) -> None:
+    fix = "Give what ModelPlan.apply or Session.load returned."
+    require_kind(edited, EditedModel, what="Edited model", fix=fix)
 
 
 def _place(recipe: Recipe, name: str | None) -> tuple[str, str]:

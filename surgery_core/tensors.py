@@ -56,14 +56,11 @@ def load_tensors_(
         >>> weight
         tensor([1., 1.])
     """
-    strange = [
-        f"{key}: {type(value).__name__}"
-        for key, value in state.items()
-        if not isinstance(value, Tensor)
-    ]
-    if strange:
-        msg = f"{subject}: expected tensors, got {listed(sorted(strange))}. {fix}"
-        raise StateError(msg, mismatched=strange)
+    given = state.items() if isinstance(state, Mapping) else [(type(state).__name__, state)]
+    foreign = [f"{n}: {type(t).__name__}" for n, t in given if not isinstance(t, Tensor)]
+    if foreign or not isinstance(state, Mapping):
+        msg = f"{subject}: expected tensors by name, got {listed(foreign)}. Give a state dict."
+        raise StateError(msg, mismatched=foreign)
     state = whole_tensors(state)
     # Narrower ones are of stored weights, which nothing is cast to.
     dtypes = {t.dtype for t in beside if t.is_floating_point() and t.itemsize >= _MIN_ITEMSIZE}

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from surgery_core.conditions import require_kind
 from surgery_core.editing import EditedModel
 from surgery_core.errors import OptionsError, listed
 from surgery_core.model_document import RULES, Choice, names_in
@@ -93,6 +94,9 @@ def verify(
         OptionsError: There is no such tier.
         SurgeryError: The model cannot be switched or taken back.
     """
+    fix = "Give what ModelPlan.apply or Session.load returned."
+    require_kind(edited, EditedModel, what="Edited model", fix=fix)
+    require_kind(tiers, (list, tuple), what="Tiers", fix="Give a list of names.")
     unknown = sorted(set(tiers) - set(ALL_TIERS))
     if unknown:
         msg = f"Tiers {listed(unknown)} are unknown: expected some of {listed(ALL_TIERS, most=6)}."

@@ -13,6 +13,7 @@ from torch import nn
 
 from surgery_core import (
     ContractError,
+    DriftError,
     ModelRecipe,
     Overlay,
     Rule,
@@ -373,3 +374,16 @@ def test_under_another_layer_the_terms_are_the_bases_whatever_threads_use_there(
     x = torch.randn(5, 3)
 
     assert torch.equal(2 * inner(x), outer(x))
+
+
+@pytest.mark.parametrize("outputs", [1, 7])
+def test_a_base_that_was_resized_is_an_error_of_ours(outputs):
+    """As tied heads are when embeddings are resized; one output would be spread over all."""
+    layer = low_rank_linear(nn.Linear(4, 5, bias=False), LowRankOptions(r=2))
+    layer.weight = nn.Parameter(torch.ones(outputs, 4))
+    with pytest.raises(DriftError) as caught:
+        layer(torch.ones(3, 4))
+    assert str(caught.value) == (
+        f"Linear layer has {outputs} outputs, and its low-rank term 5: the base was resized after "
+        "the adapter was applied. Revert, resize, and apply again."
+    )

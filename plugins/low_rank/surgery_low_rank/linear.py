@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from surgery_core import Overlay, Shareable, Sharing, make_overlay, replacement_device
+from surgery_core import DriftError, Overlay, Shareable, Sharing, make_overlay, replacement_device
 from surgery_low_rank.functional import low_rank_term
 from surgery_low_rank.options import LowRankOptions, parameter_dtype
 
@@ -108,7 +108,10 @@ class LowRankLinear(Overlay, Shareable):
                 return other.added_to(output, input, is_training=self.training, sharing=sharing)
         found = output
         for part in self.low_rank_parts:
-            found = found + part.term(self, input, is_training=self.training)
+            term = part.term(self, input, is_training=self.training)
+            if term.shape[-1] != output.shape[-1]:
+                raise _resized(term, output)
+            found = found + term
         # Rounded once: the sum is in float32 at least.
         return found.to(output.dtype)
 
@@ -122,6 +125,10 @@ class LowRankLinear(Overlay, Shareable):
         if is_over_merged(self, self.overlay_base):
             return "a merged layer" if self.is_merged else "a layer over a merged weight"
         return None
+
+    def change_problem(self) -> str | None:
+        """Tell whether the terms of this layer are in the weight, where others' values do not reach."""
+        return "its terms are merged into the weight of the base" if self.is_merged else None
 
 
 def low_rank_linear(base: nn.Linear, options: LowRankOptions) -> LowRankLinear:
@@ -174,6 +181,14 @@ def low_rank_with(
     # Not the sharing of a base that stands for another layer in turn.
     attributes = {"low_rank_parts": tuple(parts), "is_merged": False, "sharing": None}
     return make_overlay(base, LowRankLinear, parameters=own, attributes=attributes)
+
+
+def _resized(term: Tensor, output: Tensor) -> DriftError:
+    msg = (
+        f"Linear layer has {output.shape[-1]} outputs, and its low-rank term {term.shape[-1]}: the "
+        "base was resized after the adapter was applied. Revert, resize, and apply again."
+    )
+    return DriftError(msg, fqns=())
 
 
 def mark_merged_(weight: nn.Parameter) -> None:

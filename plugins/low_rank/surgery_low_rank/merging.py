@@ -13,6 +13,7 @@ from surgery_core import (
     DriftError,
     EditedModel,
     NoMatchError,
+    OptionsError,
     StateError,
     VariantError,
     listed,
@@ -112,10 +113,12 @@ def merge_(target: EditedModel | Mapping[str, nn.Module]) -> Merge:
         What takes the weights back.
 
     Raises:
+        OptionsError: The target is something else.
         NoMatchError: There is no layer of this plugin.
         ContractError: A layer is merged already, is quantised or parametrised, has a forward of its
             own, or its weight has no values; all are named, and nothing was changed.
         StateError: Merged weights would not be finite in the dtype of a weight; same.
+        DriftError: A module of the recipe was exchanged; same.
 
     Numerics:
         Summed in the widest dtype of weight and matrices, at least float32, and rounded once to that
@@ -133,6 +136,14 @@ def merge_(target: EditedModel | Mapping[str, nn.Module]) -> Merge:
         >>> layer.weight is weight
         True
     """
+    if isinstance(target, EditedModel):
+        target.check_in_place()
+    elif not isinstance(target, Mapping):
+        msg = (  # type: ignore[unreachable]  # for callers without a type checker
+            f"Merging takes a model with a recipe applied, or modules by FQN, got "
+            f"{type(target).__name__}. For a plain model give dict(model.named_modules())."
+        )
+        raise OptionsError(msg)
     modules = dict(target.model.named_modules() if isinstance(target, EditedModel) else target)
     # By object: a module that has several FQNs is merged once.
     named = {
