@@ -121,7 +121,8 @@ class Sharing:
     def _found_terms(self) -> Mapping[int, Any] | None:
         use = _CURRENT.get().get(self)
         if use is None:
-            self._check_thread()
+            if not self._is_disabled():
+                self._check_thread()
             return None
         return use.terms if self._counts(use) else {}
 
@@ -133,9 +134,13 @@ class Sharing:
         return use.selection if self._counts(use) else _NOTHING
 
     def _counts(self, use: _Use) -> bool:
-        if use.is_recomputed or self._swap_state.is_enabled:
-            return True
-        return not (self._is_off or any(hold.is_for_all for hold in self._holds))
+        return use.is_recomputed or not self._is_disabled()
+
+    def _is_disabled(self) -> bool:
+        """Tell whether the base computes for everybody."""
+        if self._swap_state.is_enabled:
+            return False
+        return self._is_off or any(hold.is_for_all for hold in self._holds)
 
     def _check_thread(self) -> None:
         """Refuse the active variant to a thread that may work for code that uses another."""

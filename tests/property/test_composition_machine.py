@@ -55,9 +55,8 @@ class CompositionMachine(AdaptersChange):
     @rule()
     def look_at_the_base_for_a_while(self):
         with self.model.disable_adapter(), self.model.disable_adapter() as model:
-            for place, stack in enumerate(self.plain.stacks):
-                if not stack:
-                    assert torch.equal(FRESH.base[self.plain.dtype], self.logits(place))
+            for place in range(len(self.runners)):
+                assert torch.equal(FRESH.base[self.plain.dtype], self.logits(place))
             status = model.status()
             assert not status.active
             assert names_of([self.plain.selected]) == sorted(status.selected)

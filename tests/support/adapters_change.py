@@ -218,6 +218,9 @@ class AdaptersChange(AdaptersWalk):
             for parameter in model.adapter_parameters(known if model is self.model else names):
                 parameter.grad = None
 
+        if self.is_refused(place):
+            self.refused(VariantError, lambda: self.runners[place](lambda: train(self.model)))
+            return
         self.runners[place](lambda: train(self.model))
         with fresh.activated(bare(choices)):
             train(fresh)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 from surgery_adaption_prompt import (
+    AdaptedAttention,
     AdapterStore,
     AdaptionPromptConfig,
     AdaptionPromptModel,
@@ -28,6 +29,7 @@ from support.plain_adapters import (
     weights_of,
 )
 from support.stores import PlainStore
+from surgery_core import VariantError
 from surgery_core.testing import InjectedError, failing_at
 
 NAMES = ("default", "e", "fr", "legal", "médical", "v1.0", "50%")
@@ -91,6 +93,8 @@ class AdaptersWalk(RuleBasedStateMachine):
         # The first place is this thread, the others are threads that live as long as the walk.
         pools = [self.files.enter_context(ThreadPoolExecutor(1)) for _ in range(2)]
         self.runners = [lambda call: call(), *(lambda c, p=p: p.submit(c).result() for p in pools)]
+        for run in self.runners:
+            run(int)
         self.contexts = [[] for _ in self.runners]
         on_disk = saved(folder)
         sizes = {n: sum(t.numel() for t in at.state.values()) for n, at in on_disk.items()}
@@ -168,6 +172,11 @@ class AdaptersWalk(RuleBasedStateMachine):
                 return self.model(IDS, **options).logits
 
         return self.runners[place](run)
+
+    def is_refused(self, place):
+        """Tell whether a thread in no context meets a module that asks what it uses."""
+        are_there = any(isinstance(module, AdaptedAttention) for module in self.base.modules())
+        return are_there and self.plain.may_work_for_another(place)
 
     def short_names(self):
         """Return the names of adapters of one token."""
@@ -310,6 +319,9 @@ class AdaptersWalk(RuleBasedStateMachine):
     def everybody_computes_with_what_they_use(self):
         """As models that have never known another adapter."""
         for place in range(len(self.runners)):
+            if self.is_refused(place):
+                self.refused(VariantError, lambda place=place: self.logits(place))
+                continue
             FRESH.check(self.plain.view(place), self.plain.dtype, self.logits(place))
 
     def teardown(self):

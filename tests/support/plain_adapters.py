@@ -297,10 +297,14 @@ class PlainAdapters:
 
     # -- what is computed -------------------------------------------------------------------------
 
+    def may_work_for_another(self, place):
+        """Tell whether a thread is in no context, and another is; the first place is the main one."""
+        return bool(place) and self.is_enabled and not self.stacks[place] and self.is_shared
+
     def choices(self, place):
         """Return what a thread uses now, by names: one choice, or one for each row."""
         if self.is_in_context(place):
-            return self.stacks[place][-1]
+            return self.stacks[place][-1] if self.is_enabled else (BASE,)
         return (self.selected if self.is_enabled and self.kind == "plain" else BASE,)
 
     def view(self, place):
