@@ -92,7 +92,7 @@ from surgery_core.tensor_file import (
     tensor_files,
 )
 from surgery_core.tensors import load_tensors_
-from surgery_core.transaction import OnWrite, Transaction, passing_places
+from surgery_core.transaction import OnWrite, Transaction, parameter_places
 from surgery_core.verify import Check, Verification, verify
 
 __version__ = "0.1.0"
@@ -198,8 +198,8 @@ __all__ = [
     "name_problem",
     "one_writer",
     "pack_tensors",
+    "parameter_places",
     "parse_selector",
-    "passing_places",
     "read_record",
     "read_tensor_file",
     "read_tensor_header",

@@ -26,7 +26,7 @@ from surgery_core.snapshots import Snapshot, snapshot
 from surgery_core.surgery import Plan, Surgery
 from surgery_core.swap import SwapState
 from surgery_core.tensors import load_tensors_, owned_tensors
-from surgery_core.transaction import OnWrite, Transaction, passing_places
+from surgery_core.transaction import OnWrite, Transaction, parameter_places
 
 _COMPOSITIONS = ("composition/1", "composition/2")
 """Variants made of adapters: one may be taken while the next is made. Adapters' names have no `/`."""
@@ -144,7 +144,7 @@ class EditedModel:
         """
         plan = self.plan
         self.before = snapshot(plan.model, values=False)
-        own, places = list(plan.model.parameters()), passing_places(plan.model)
+        own, places = list(plan.model.parameters()), parameter_places(plan.model)
         if plan.rules is not None:
             # With adapters, the model they are for must stay where it is.
             self.surgery = plan.rules[1].apply(on_write=on_write, in_place=bool(plan.adapters))

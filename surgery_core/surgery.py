@@ -21,7 +21,9 @@ from surgery_core.carry import (
     tensor_owners,
 )
 from surgery_core.errors import ContractError, OptionsError, SurgeryError, listed
+from surgery_core.follow import Stored
 from surgery_core.operation import BoundRule, TensorSpec
+from surgery_core.overlay import hand_down
 from surgery_core.plan import Claim, PlanDocument, draft
 from surgery_core.slots import RootCell, Site, SlotKind, check_holds, registered
 from surgery_core.transaction import OnWrite, Transaction
@@ -221,15 +223,13 @@ class Surgery:
         Raises:
             DriftError: See `revert`.
         """
-        self._transaction.undo(
-            subject="Model under surgery",
-            fix="Revert what was applied later first, or put the module named back.",
-        )
-        for item in self.replacements:
-            hand_over(item.module, item.site.module, known=item.known_hooks)
+        self._take_out()
+        sites = {item.site.fqn: item.site for item in self.replacements}
+        stored = Stored.at(sites, {item.site.fqn: item.module for item in self.replacements})
         try:
             yield self.plan.model
         finally:
+            stored.followed(self.plan.model, sites)
             self._transaction.redo()
             for item in self.replacements:
                 hand_over(item.site.module, item.module)
@@ -254,17 +254,23 @@ class Surgery:
         if not self.is_applied:
             msg = "Surgery is reverted already: expected an applied surgery. Apply a plan again."
             raise SurgeryError(msg)
+        self._take_out(on_write=on_write)
+        self.is_applied = False
+        if self._on_reverted is not None:
+            self._on_reverted(self)
+        return self.plan.model
+
+    def _take_out(self, *, on_write: OnWrite | None = None) -> None:
+        """Put every original back, with what was changed in the module that stood for it."""
+        subject = "Model under surgery"
+        hand_down(((item.site.fqn, item.module) for item in self.replacements), subject=subject)
         self._transaction.undo(
-            subject="Model under surgery",
+            subject=subject,
             fix="Revert what was applied later first, or put the module named back.",
             on_write=on_write,
         )
         for item in self.replacements:
             hand_over(item.module, item.site.module, known=item.known_hooks)
-        self.is_applied = False
-        if self._on_reverted is not None:
-            self._on_reverted(self)
-        return self.plan.model
 
 
 def _build_one(claim: Claim, owners: Owners, seen: set[int]) -> Replacement:

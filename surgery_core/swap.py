@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -13,27 +13,29 @@ from torch import nn
 
 from surgery_core.carry import hand_over, shares_children
 from surgery_core.errors import ContractError, DriftError, VariantError, listed
-from surgery_core.follow import Anchors, anchor_of, apply_own, catch_up, is_at, shares_tensors
+from surgery_core.follow import (
+    SUBJECT,
+    Anchors,
+    Stored,
+    anchor_of,
+    apply_own,
+    catch_up,
+    is_at,
+    shares_tensors,
+)
 from surgery_core.operation import Operation
-from surgery_core.sharded import is_held_together, is_one_of_several, is_sharded_at, reshard_
+from surgery_core.overlay import hand_down, take_over
+from surgery_core.sharded import is_held_together, is_one_of_several, is_sharded_at
 from surgery_core.slots import Site, check_holds
 from surgery_core.surgery import Plan, Replacement
 from surgery_core.tensors import owned_tensors
-from surgery_core.transaction import Move, OnWrite, Transaction
+from surgery_core.transaction import GONE, Move, OnWrite, Transaction
 
 Variants = Mapping[str, Mapping[str, tuple[Operation[Any], nn.Module]]]
 """By the name of a variant and the FQN: the operation that made a module, and the module."""
 
 Loans = Mapping[str, Mapping[str, str]]
 """By the name of a variant that lends: names of parameters in the borrower, and in the lender."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Stored:
-    """A variant outside the model, and where the originals were when it was stored."""
-
-    modules: dict[str, nn.Module]
-    anchors: Anchors
 
 
 class SwapState(nn.Module):
@@ -68,7 +70,7 @@ class SwapState(nn.Module):
         self._model = (model,)
         self._sites: dict[str, Site] = {}
         self._num_uses: Counter[str] = Counter()
-        self._store: dict[str, _Stored] = {}
+        self._store: dict[str, Stored] = {}
         self._loans: dict[str, Loans] = {}
         self._lent: dict[str, dict[str, nn.Module]] = {}
         self._floor: dict[str, nn.Module] = {}
@@ -127,7 +129,7 @@ class SwapState(nn.Module):
             VariantError: There is no such variant.
         """
         if name in self._store:
-            self._store[name] = self._followed(self._store[name])
+            self._store[name] = self._store[name].followed(self._model[0], self._sites)
         return self.variant(name)
 
     @property
@@ -167,7 +169,9 @@ class SwapState(nn.Module):
         for item in replacements:
             self._sites.setdefault(item.site.fqn, item.site)
             self._num_uses[item.site.fqn] += 1
-        self._store[name] = self._stored({item.site.fqn: item.module for item in replacements})
+        self._store[name] = Stored.at(
+            self._sites, {item.site.fqn: item.module for item in replacements}
+        )
         if loans:
             self._loans[name] = loans
 
@@ -227,8 +231,11 @@ class SwapState(nn.Module):
         if unknown:
             msg = f"Underlay has modules for {listed(unknown)}: expected places of variants."
             raise VariantError(msg)
-        self._write(self._moves(self._active, modules))
-        self._floor = dict(modules)
+        moves = self._moves(self._active, modules)
+        self._hand_down()
+        take_over(modules.items(), model=self._model[0], subject=SUBJECT)
+        with self._writing(moves) as transaction:
+            transaction.note(vars(self), {"_floor": dict(modules)})
 
     def delete(self, name: str, *, then: str | None = None) -> None:
         """Forget a variant; if it is selected, select `then` in the same step.
@@ -247,11 +254,14 @@ class SwapState(nn.Module):
         self._require_no_loan(name)
         if name == self._selected:
             self._move(then, is_enabled=self._is_enabled)
-        for fqn in self._store.pop(name).modules:
-            self._num_uses[fqn] -= 1
-            if not self._num_uses[fqn]:
-                del self._num_uses[fqn], self._sites[fqn]
-        self._loans.pop(name, None)
+        # Without those that are not used any more.
+        num_uses = self._num_uses - Counter(self._store[name].modules.keys())
+        vars(self).update(
+            _store={key: stored for key, stored in self._store.items() if key != name},
+            _loans={key: loans for key, loans in self._loans.items() if key != name},
+            _sites={fqn: site for fqn, site in self._sites.items() if fqn in num_uses},
+            _num_uses=num_uses,
+        )
 
     def rename(self, name: str, new_name: str) -> None:
         """Give a variant another name; the model is not touched.
@@ -262,10 +272,7 @@ class SwapState(nn.Module):
         self._require(name)
         self._require_free(new_name)
         self._require_no_loan(name)
-        if name in self._store:
-            self._store = {
-                new_name if key == name else key: value for key, value in self._store.items()
-            }
+        self._store = {new_name if key == name else key: at for key, at in self._store.items()}
         if name in self._loans:
             self._loans[new_name] = self._loans.pop(name)
         if name == self._selected:
@@ -320,38 +327,44 @@ class SwapState(nn.Module):
     def _move(self, target: str | None, *, is_enabled: bool) -> None:
         """Make `target` the selected variant, and active if `is_enabled`; the one transition."""
         active, store, leaving = self.active, self._store, self._active
-        self._settle()
-        returned = {name: self._stored(modules) for name, modules in self._lent.items()}
         entered = target if is_enabled else None
         lenders = self._loans.get(entered, {}) if entered is not None else {}
         taken = [] if entered is None else [entered, *lenders]
+        self._settle()
+        returned = {name: Stored.at(self._sites, modules) for name, modules in self._lent.items()}
         if active is not None and active in lenders:
-            returned[active] = self._stored(leaving)
+            returned[active] = Stored.at(self._sites, leaving)
         found = {name: returned[name] if name in returned else store[name] for name in taken}
         entering = found[entered].modules if entered is not None else {}
         if entered is not None:
             self._check_sharding(entered, entering, is_loan=bool(lenders) or bool(self._lent))
         moves = self._moves(entering, self._floor)
+        self._hand_down()
         self._follow_active()
-        found = {name: self._followed(stored) for name, stored in found.items()}
+        found = {
+            name: stored.followed(self._model[0], self._sites) for name, stored in found.items()
+        }
         # Also if what follows fails: they have moved.
         store.update((name, stored) for name, stored in found.items() if name in store)
         for lender, names in lenders.items():
             _share(found[lender].modules, entering, names)
-        self._write(moves)
-        store.update(returned)
-        if active is not None and active not in lenders:
+        with self._writing(moves) as transaction:
             known = found[entered].anchors if entered is not None else None
-            store[active] = self._stored(leaving, known)
-        for name in taken:
-            del store[name]
-        self._lent = {name: found[name].modules for name in lenders}
-        self._active, self._selected, self._is_enabled = entering, target, is_enabled
-        self._active_anchors = {
-            fqn: anchor_of(module)
-            for fqn, module in entering.items()
-            if not shares_tensors(module, self._sites[fqn].module)
-        }
+            if active is not None and active not in lenders:
+                returned[active] = Stored.at(self._sites, leaving, known)
+            transaction.note(store, {**returned, **dict.fromkeys(taken, GONE)})
+            state = {
+                "_lent": {name: found[name].modules for name in lenders},
+                "_active": entering,
+                "_active_anchors": {
+                    fqn: anchor_of(module)
+                    for fqn, module in entering.items()
+                    if not shares_tensors(module, self._sites[fqn].module)
+                },
+                "_selected": target,
+                "_is_enabled": is_enabled,
+            }
+            transaction.note(vars(self), state)
 
     def _check_sharding(
         self, name: str, entering: Mapping[str, nn.Module], *, is_loan: bool
@@ -398,45 +411,30 @@ class SwapState(nn.Module):
                 moves += [(slot, old, sites[fqn].module) for slot in sites[fqn].slots]
         check_holds(
             [(slot, old) for slot, old, _ in moves],
-            subject="Model under variants",
+            subject=SUBJECT,
             fix="Put the module named back before changing variants.",
         )
         return moves
 
-    def _write(self, moves: list[Move]) -> None:
-        with Transaction(on_write=self.on_write) as transaction:
-            transaction.replace_all(moves)
+    @contextmanager
+    def _writing(self, moves: list[Move]) -> Iterator[Transaction]:
+        """Write to the model, and note what it has then; all of it or nothing."""
         for _, old, new in moves:
             if new.training is not old.training or new._backward_hooks:  # noqa: SLF001 (when `hand_over` has anything to do)
                 hand_over(old, new)
+        with Transaction(on_write=self.on_write) as transaction:
+            transaction.replace_all(moves)
+            yield transaction
+
+    def _hand_down(self) -> None:
+        """Let originals have what was changed in the modules that stand for them."""
+        hand_down(chain(self._active.items(), self._floor.items()), subject=SUBJECT)
 
     def _settle(self) -> None:
         """Let the lent variants have the very parameters that the active variant has now."""
         for lender, modules in self._lent.items():
             names = self._loans[self._selected or ""][lender]
             _share(self._active, modules, {theirs: own for own, theirs in names.items()})
-
-    def _stored(self, modules: dict[str, nn.Module], known: Anchors | None = None) -> _Stored:
-        """Store modules, with anchors that are `known` to be right or computed now."""
-        anchors = known or {}
-        if anchors.keys() != modules.keys():
-            anchors = {
-                fqn: anchors[fqn] if fqn in anchors else anchor_of(self._sites[fqn].module)
-                for fqn in modules
-            }
-        return _Stored(modules=modules, anchors=anchors)
-
-    def _followed(self, stored: _Stored) -> _Stored:
-        """Move the tensors of a variant to where the originals went; return it with where that is."""
-        moved = [fqn for fqn, anchor in stored.anchors.items() if not is_at(anchor)]
-        if not moved:
-            return stored
-        reshard_(self._model[0])  # so that nothing is taken over that was gathered for one pass
-        anchors = dict(stored.anchors)
-        for fqn in moved:
-            original = self._sites[fqn].module
-            anchors[fqn] = catch_up(stored.modules[fqn], original, anchors[fqn])
-        return _Stored(modules=stored.modules, anchors=anchors)
 
     def _follow_active(self) -> None:
         """Move originals outside the model to where the active variant went since it was put there."""
@@ -454,7 +452,7 @@ class SwapState(nn.Module):
         for name, stored in self._store.items():
             for fqn, module in stored.modules.items():
                 apply_own(module, self._sites[fqn].module, fn)
-            self._store[name] = self._stored(stored.modules)
+            self._store[name] = Stored.at(self._sites, stored.modules)
         return self
 
     def _require(self, name: str) -> None:

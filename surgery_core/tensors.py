@@ -6,7 +6,7 @@ from collections.abc import Set as AbstractSet
 import torch
 from torch import Tensor, nn
 
-from surgery_core.errors import StateError, listed
+from surgery_core.errors import DriftError, StateError, listed
 from surgery_core.overlay import Overlay
 from surgery_core.sharded import copy_into_, is_flattened, is_partitioned, whole_tensors
 
@@ -14,17 +14,30 @@ from surgery_core.sharded import copy_into_, is_flattened, is_partitioned, whole
 def owned_tensors(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers in a replacement's state dict that the original has not.
 
-    Of an `Overlay` none under a key of the original's: those were the original's, which may have been
-    sharded since.
+    Of an `Overlay` those that it added: the others were the original's, and may have been sharded or
+    replaced since.
+
+    Raises:
+        DriftError: A parameter that an overlay added is gone, since it was pruned, say.
     """
+    state = after.state_dict(keep_vars=True)
+    if isinstance(after, Overlay):
+        gone = sorted(after.overlay_added - state.keys())
+        if gone:
+            msg = (
+                f"{type(after).__name__} has lost {listed(gone)}, which belongs to its adapter: it "
+                "was pruned, parametrised or deleted. Take that back first, for example with "
+                "torch.nn.utils.prune.remove."
+            )
+            raise DriftError(msg, fqns=())
+        return {key: tensor for key, tensor in state.items() if key in after.overlay_added}
     # State dicts may have more: what bitsandbytes makes anew with each call is the base's.
     own = {id(tensor) for tensor in (*after.parameters(), *after.buffers())}
     own -= {id(tensor) for tensor in (*before.parameters(), *before.buffers())}
-    theirs = before.state_dict(keep_vars=True).keys() if isinstance(after, Overlay) else frozenset()
     return {
         key: tensor
-        for key, tensor in after.state_dict(keep_vars=True).items()
-        if isinstance(tensor, Tensor) and id(tensor) in own and key not in theirs
+        for key, tensor in state.items()
+        if isinstance(tensor, Tensor) and id(tensor) in own
     }
 
 

@@ -1,9 +1,9 @@
 """The only writer: every change to a model goes through a transaction that can take it back."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -35,6 +35,7 @@ class Transaction:
         self._on_write = on_write
         self._replaced: list[tuple[Slot, object, object]] = []
         self._flagged: list[tuple[nn.Parameter, bool, Places]] = []
+        self._noted: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._count = 0
 
     def replace(self, slot: Slot, old: object, new: object) -> None:
@@ -62,6 +63,16 @@ class Transaction:
             else:
                 slot.put(move[2])
 
+    def note(self, table: dict[Any, Any], values: Mapping[Any, object]) -> None:
+        """Write to a table of what is known of the model, so that both are taken back together.
+
+        Args:
+            table: Any dictionary.
+            values: What to put in it; `GONE` takes a key out.
+        """
+        self._noted.append((table, {key: table.get(key, GONE) for key in values}))
+        _put_all(table, values)
+
     def set_requires_grad(
         self, parameter: nn.Parameter, *, value: bool, places: Places = ()
     ) -> None:
@@ -69,9 +80,8 @@ class Transaction:
 
         Args:
             parameter: The parameter.
-            value: Whether.
-            places: Modules, with a name each, where others may have come in its stead when this is
-                taken back, as accelerate's do with each call.
+            value: The new `requires_grad` flag.
+            places: Where it is; see `parameter_places`.
         """
         if parameter.requires_grad is value:
             return
@@ -91,6 +101,8 @@ class Transaction:
 
     def rollback(self) -> None:
         """Take back every write, last first."""
+        while self._noted:
+            _put_all(*self._noted.pop())
         while self._replaced:
             slot, old, _ = self._replaced.pop()
             slot.put(old)
@@ -148,14 +160,29 @@ class Transaction:
             self.rollback()
 
 
-def passing_places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Return where parameters are, by `id`, that accelerate exchanges with each call."""
+GONE = object()
+"""In `Transaction.note`: nothing."""
+
+
+def _put_all(table: dict[Any, Any], values: Mapping[Any, object]) -> None:
+    for key, value in values.items():
+        if value is GONE:
+            table.pop(key, None)
+        else:
+            table[key] = value
+
+
+def parameter_places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Return the modules that have each parameter, by its `id`, and its names there.
+
+    For `Transaction.set_requires_grad`: other parameters may be in these places when it is undone,
+    such as those that `load_state_dict(assign=True)` puts there, or accelerate with each call.
+    """
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
-        if "_hf_hook" in vars(module):
-            for name, parameter in module._parameters.items():  # noqa: SLF001 (torch's registry)
-                if parameter is not None:
-                    found.setdefault(id(parameter), []).append((module, name))
+        for name, parameter in module._parameters.items():  # noqa: SLF001 (torch's registry)
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((module, name))
     return found
 
 
@@ -163,8 +190,12 @@ def _set_requires_grad(parameter: nn.Parameter, places: Places, *, value: bool) 
     _flag(parameter, value=value)
     for module, name in places:
         now = module._parameters.get(name)  # noqa: SLF001 (torch's registry)
-        if now is not None and now is not parameter:
+        if now is not None and now is not parameter and _can_be_trained(now):
             _flag(now, value=value)
+
+
+def _can_be_trained(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
 
 
 def _flag(parameter: nn.Parameter, *, value: bool) -> None:

@@ -19,7 +19,14 @@ from surgery_adaption_prompt.parts import (
     parameter_shapes,
     prompt_terms,
 )
-from surgery_core import ContractError, Shareable, dispatch_again, is_dispatched, replicate_
+from surgery_core import (
+    ContractError,
+    Overlay,
+    Shareable,
+    dispatch_again,
+    is_dispatched,
+    replicate_,
+)
 
 TERMS = "adaption_terms"
 """Keyword by which a forward asks for its term in a list, to add it itself."""
@@ -48,7 +55,7 @@ class OtherTerms(Protocol):
         """Return a term as `OwnTerm.term` does; None for none."""
 
 
-class AdaptedAttention(Shareable):
+class AdaptedAttention(Overlay, Shareable):
     """A base attention module that adds `o_proj(act(gate) * attention over the prompt)`.
 
     Never built directly: `adapt` gives an object of a class that derives from this one and from
@@ -155,7 +162,7 @@ class AdaptedAttention(Shareable):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 (torch's signature)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         # Tensors of the base itself may have become new objects (from or to the meta device).
         base = self.base_attention
         base._parameters.update({name: self._parameters[name] for name in base._parameters})  # noqa: SLF001 (torch's registry)
@@ -333,6 +340,8 @@ def _restore(
             _buffers={**base._buffers, **buffers},  # noqa: SLF001 (same)
             _non_persistent_buffers_set=base._non_persistent_buffers_set | buffers.keys(),  # noqa: SLF001 (same)
         )
+    fields = ("base_attention", "architecture", "parts", "sharing", "config")
+    adapted.stand_over(base, added=own, fields=fields)
     return adapted
 
 
@@ -342,4 +351,5 @@ def _adapted_class(mixin: type[AdaptedAttention], base: type[nn.Module]) -> type
 
     Kept, so that modules of one base class have one class: torch.compile guards on it.
     """
-    return type(f"Adapted{base.__name__}", (mixin, base), {"__module__": __name__})
+    own = {"__module__": __name__, "overlay_kind": mixin}
+    return type(f"Adapted{base.__name__}", (mixin, base), own)

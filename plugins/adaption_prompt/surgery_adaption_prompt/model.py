@@ -46,7 +46,7 @@ from surgery_core import (
     check_preflight,
     diagnose,
     listed,
-    passing_places,
+    parameter_places,
     require_names,
     reshard_,
 )
@@ -122,7 +122,7 @@ class AdaptionPromptModel(MergingManager):
         for name, config in configs.items():
             self._add(name, config, tokenizer=tokenizer)
         # Nothing has been written so far; either both of these happen or neither.
-        places = passing_places(model)
+        places = parameter_places(model)
         with Transaction() as freezing:
             for parameter in model.parameters():
                 at = places.get(id(parameter), ())
