@@ -99,13 +99,14 @@ class EditedModel:
     """A model with a recipe applied: its adapters can be switched, and all of it taken back.
 
     Invariant: after `revert` the model has the very objects it had before, and its parameters the
-    flags they had.
+    flags they had. A copy or pickle has everything but who uses it: no thread and no optimizer does,
+    and no plugin is told when it is reverted.
 
     Args:
         plan: What to do.
 
     Attributes:
-        before: What the model was before.
+        before: What the model was before; None in a copy, whose model was never without the recipe.
         loaded: Adapters, and `rules`, whose values are not their first.
     """
 
@@ -120,6 +121,17 @@ class EditedModel:
         self._freezing = Transaction()
         self._composition: dict[str, float] | None = None
         self._groups: list[OptimizerGroup] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "sharing": None, "before": None, "_groups": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.sharing = Sharing(self.swap_state)
+        # What a context put there, which is not open here.
+        self.swap_state.underlay({})
+        for name in self.swap_state.names:
+            self.sharing.attach(self.swap_state.variant(name).values())
 
     @property
     def model(self) -> nn.Module:
@@ -240,8 +252,7 @@ class EditedModel:
 
     def _choice(self) -> Choice:
         """Return what is in the model now."""
-        active = self.active
-        return BASE if active is None or not self.swap_state.is_enabled else active
+        return (self.active if self.swap_state.is_enabled else None) or BASE
 
     def _select(self, choices: Sequence[Choice]) -> Selection:
         self.check_in_place()
@@ -304,10 +315,8 @@ class EditedModel:
         """
         self._require_applied()
         self._require_unmerged("Model cannot be had as it was before")
-        with (
-            self.sharing.disabled(self._enable, for_all=for_all),
-            nullcontext() if self.surgery is None else self.surgery.paused(),
-        ):
+        paused = nullcontext() if self.surgery is None else self.surgery.paused()
+        with self.sharing.disabled(self._enable, for_all=for_all), paused:
             self._freezing.undo(subject="Model", fix="")
             try:
                 yield self.plan.model
@@ -426,8 +435,7 @@ class EditedModel:
             OptionsError: The optimizer has some of them, there are none, or a scheduler was made
                 for it, which knows the groups there were.
         """
-        group = OptimizerGroup.add(optimizer, self.added_parameters(names), options)
-        self._groups.append(group)
+        self._groups.append(OptimizerGroup.add(optimizer, self.added_parameters(names), options))
 
     def revert(self) -> nn.Module:
         """Take all of it back, optimizer groups included, or change nothing and raise.
@@ -446,14 +454,14 @@ class EditedModel:
     def _revert(self) -> None:
         self._require_applied()
         self._require_unused()
-        selected = self.swap_state.selected
-        was_enabled = self.swap_state.is_enabled
+        was_active = self.swap_state.active is not None
         self.swap_state.disable()
-        if self.surgery is not None:
+        # Reverted already if an earlier call was interrupted.
+        if self.surgery is not None and self.surgery.is_applied:
             try:
                 self.surgery.revert()
             except BaseException:
-                if was_enabled and selected is not None:
+                if was_active:
                     self.swap_state.enable()
                 raise
         self.take_back()

@@ -114,6 +114,10 @@ class Plan:
     def __str__(self) -> str:
         return self.document.render()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Of a copy nobody is told, and it has other modules.
+        return {**vars(self), "_on_applied": None, "_on_reverted": None, "_seen": ()}
+
     def sees_same_modules(self, *, originals: Mapping[int, nn.Module] | None = None) -> bool:
         """Tell whether the model has the very modules and dtypes it had when the plan was drafted.
 
@@ -206,6 +210,9 @@ class Surgery:
         self.is_applied = True
         self._transaction = transaction
         self._on_reverted = on_reverted
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_on_reverted": None}
 
     @property
     def model(self) -> nn.Module:

@@ -38,6 +38,9 @@ class Transaction:
         self._noted: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._count = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_on_write": None}
+
     def replace(self, slot: Slot, old: object, new: object) -> None:
         """Put `new` where `old` is; both are modules, or graphs, or None where there is nothing.
 
