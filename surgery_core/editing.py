@@ -99,8 +99,7 @@ class EditedModel:
     """A model with a recipe applied: its adapters can be switched, and all of it taken back.
 
     Invariant: after `revert` the model has the very objects it had before, and its parameters the
-    flags they had. A copy or pickle has everything but who uses it: no thread and no optimizer does,
-    and no plugin is told when it is reverted.
+    flags they had. Of a copy or pickle no thread, optimizer or plugin knows.
 
     Args:
         plan: What to do.
@@ -119,7 +118,7 @@ class EditedModel:
         self.before: Snapshot | None = None
         self.loaded: set[str] = set()
         self._freezing = Transaction()
-        self._composition: dict[str, float] | None = None
+        self._compositions: dict[str, dict[str, float]] = {}
         self._groups: list[OptimizerGroup] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -146,7 +145,9 @@ class EditedModel:
     @property
     def active(self) -> Choice | None:
         """The selected adapter, or several with their weights; None without adapters."""
-        return self.swap_state.selected if self._composition is None else dict(self._composition)
+        selected = self.swap_state.selected
+        weights = self._compositions.get(selected or "")
+        return selected if weights is None else dict(weights)
 
     def enter(self, on_write: OnWrite) -> None:
         """Do what the plan says; `ModelPlan.apply` calls it, and takes all back if it fails.
@@ -168,9 +169,8 @@ class EditedModel:
                 self.load_(name, adapter.saved.state)
         self._freezing = Transaction(on_write=on_write)
         if plan.recipe.freeze:
-            for parameter in own:
-                at = places.get(id(parameter), ())
-                self._freezing.set_requires_grad(parameter, value=False, places=at)
+            for p in own:
+                self._freezing.set_requires_grad(p, value=False, places=places[id(p)])
         self.is_applied = True
         self.swap_state.on_write = on_write
         if plan.recipe.selected is not None:
@@ -203,18 +203,21 @@ class EditedModel:
             msg = "No adapter is named: got no weights. Name one, or use disabled() for the base."
             raise OptionsError(msg)
         require_names(weights, self.plan.adapters)
+        # One may be left of a call that was interrupted.
+        self._drop_compositions(but=self.swap_state.selected)
         rules, loans = compose_all(weights, {name: self._made(name) for name in weights})
         name = next(name for name in _COMPOSITIONS if name not in self.swap_state.names)
         plan = Plan.draft(self.plan.model, rules, originals=self.swap_state.originals())
+        self._compositions = {**self._compositions, name: weights}
         self.swap_state.add(name, plan, loans=loans)
         try:
             self._share(name)
             self.swap_state.set(name)
         except BaseException:
-            self.swap_state.delete(name)
+            if self.swap_state.selected != name:
+                self.swap_state.delete(name)
             raise
         self._drop_compositions(but=name)
-        self._composition = weights
 
     @contextmanager
     def activated(self, choice: Choice | Sequence[Choice]) -> Iterator[Self]:
@@ -263,8 +266,7 @@ class EditedModel:
 
     def _made(self, name: str) -> dict[str, tuple[Operation[Any], nn.Module]]:
         """Return the modules of an adapter by FQN, each with the operation that made it."""
-        claims = self.plan.adapters[name].plan.claims
-        operations = {claim.site.fqn: claim.operation for claim in claims}
+        operations = {c.site.fqn: c.operation for c in self.plan.adapters[name].plan.claims}
         modules = self.swap_state.caught_up(name)
         return {fqn: (operations[fqn], module) for fqn, module in modules.items()}
 
@@ -278,7 +280,6 @@ class EditedModel:
         for name in _COMPOSITIONS:
             if name != but and name in self.swap_state.names:
                 self.swap_state.delete(name)
-        self._composition = None
 
     @contextmanager
     def disabled(self) -> Iterator[Self]:
@@ -317,6 +318,7 @@ class EditedModel:
         self._require_unmerged("Model cannot be had as it was before")
         paused = nullcontext() if self.surgery is None else self.surgery.paused()
         with self.sharing.disabled(self._enable, for_all=for_all), paused:
+            reshard_(self.plan.model)
             self._freezing.undo(subject="Model", fix="")
             try:
                 yield self.plan.model
@@ -448,23 +450,20 @@ class EditedModel:
             VariantError: It has been reverted already, or a thread uses an adapter.
         """
         with self.sharing.lock:
-            self._revert()
+            self._require_applied()
+            self._require_unused()
+            was_active = self.swap_state.active is not None
+            self.swap_state.disable()
+            # Reverted already if an earlier call was interrupted.
+            if self.surgery is not None and self.surgery.is_applied:
+                try:
+                    self.surgery.revert()
+                except BaseException:
+                    if was_active:
+                        self.swap_state.enable()
+                    raise
+            self.take_back()
         return self.plan.model
-
-    def _revert(self) -> None:
-        self._require_applied()
-        self._require_unused()
-        was_active = self.swap_state.active is not None
-        self.swap_state.disable()
-        # Reverted already if an earlier call was interrupted.
-        if self.surgery is not None and self.surgery.is_applied:
-            try:
-                self.surgery.revert()
-            except BaseException:
-                if was_active:
-                    self.swap_state.enable()
-                raise
-        self.take_back()
 
     def take_back(self) -> None:
         """Take back what there is; for `revert`, and after a failed `enter`."""
@@ -477,6 +476,7 @@ class EditedModel:
             self.swap_state.delete(name)
         if self.surgery is not None and self.surgery.is_applied:
             self.surgery.revert()
+        reshard_(self.plan.model)
         self._freezing.rollback()
         while self._groups:
             self._groups.pop().remove()

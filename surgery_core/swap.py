@@ -128,6 +128,7 @@ class SwapState(nn.Module):
         Raises:
             VariantError: There is no such variant.
         """
+        self._hand_down()
         if name in self._store:
             self._store[name] = self._store[name].followed(self._model[0], self._sites)
         return self.variant(name)

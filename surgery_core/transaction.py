@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from surgery_core.sharded import is_held_together
 from surgery_core.slots import Slot, SlotKind, check_holds
 
 OnWrite = Callable[[int, Slot | nn.Parameter], None]
@@ -198,7 +199,9 @@ def _set_requires_grad(parameter: nn.Parameter, places: Places, *, value: bool) 
 
 
 def _can_be_trained(parameter: nn.Parameter) -> bool:
-    return parameter.is_floating_point() or parameter.is_complex()
+    is_number = parameter.is_floating_point() or parameter.is_complex()
+    # What was sharded since is another object in each pass, with a flag of its own.
+    return is_number and not is_held_together(parameter)
 
 
 def _flag(parameter: nn.Parameter, *, value: bool) -> None:

@@ -4,6 +4,9 @@ import copy
 
 import pytest
 import torch
+from support.families import build, open_gates_, tokens
+from surgery_adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
+from surgery_low_rank import merge_
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
@@ -13,6 +16,7 @@ from surgery_core import DriftError, ModelRecipe, Session
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 
 X = torch.linspace(-1, 1, 12).unflatten(0, (3, 4))
+IDS = tokens(2, 4)
 OPTIONS = {"low_rank": {"r": 2}, "scale_shift": {}}
 OWN = {"low_rank": "lora_A", "scale_shift": "adapter_scale"}
 
@@ -244,3 +248,44 @@ def test_rules_follow_what_became_of_the_base_while_they_were_paused(operation):
     fresh.load_("rules", own)
     assert torch.equal(plain(X.double()), model(X.double()))
     assert all(tensor.dtype is torch.float64 for tensor in edited.tensors("rules").values())
+
+
+def test_other_adapters_have_the_weights_of_before_a_merge():
+    """Also those that were put in the base while they were not in the model."""
+    model, edited, plain = edited_net("low_rank", "x")
+    weight = torch.randn(4, 4)
+    model.a.weight, plain.a.weight = (nn.Parameter(weight.clone()) for _ in range(2))
+
+    merge = merge_(edited)
+    edited.set_active("y")
+
+    fresh = Session().plan_recipe(plain, recipe("low_rank", "y")).apply()
+    fresh.load_("y", edited.tensors("y"))
+    fresh.set_active("y")
+    assert torch.equal(plain(X), model(X))
+    edited.set_active("x")
+    merge.unmerge()
+    edited.revert()
+    assert torch.equal(weight, model.a.weight)
+
+
+@pytest.mark.parametrize("name", ["adaption_prompt", "adaption_gate"])
+@pytest.mark.parametrize("leave", ["set_adapter", "disable_adapter_layers", "unload"])
+def test_a_pruned_prompt_does_not_leave_its_hook_to_the_base(name, leave):
+    config = AdaptionPromptConfig(adapter_len=2, adapter_layers=1, gate="head")
+    base = build()
+    expected = base(IDS).logits
+    model = AdaptionPromptModel(base, {"x": config, "y": config}, "x").eval()
+    open_gates_(model.adapter_modules("x"))
+    (fqn, attention) = next(iter(model.adapter_modules("x").items()))
+    prune.l1_unstructured(attention, name, amount=0.5)
+    before = model(IDS).logits
+
+    with pytest.raises(DriftError, match=f"drifted at '{fqn}': '{name}' is no longer a parameter"):
+        getattr(model, leave)(*(["y"] if leave == "set_adapter" else []))
+
+    assert torch.equal(before, model(IDS).logits)
+    prune.remove(attention, name)
+    assert torch.equal(before, model(IDS).logits)
+    model.unload()
+    assert torch.equal(expected, base(IDS).logits)

@@ -138,6 +138,9 @@ def merge_(target: EditedModel | Mapping[str, nn.Module]) -> Merge:
     """
     if isinstance(target, EditedModel):
         target.check_in_place()
+        for name in target.adapters:
+            # Those that are not in the model keep the weights that were there before.
+            target.swap_state.caught_up(name)
     elif not isinstance(target, Mapping):
         msg = (  # type: ignore[unreachable]  # for callers without a type checker
             f"Merging takes a model with a recipe applied, or modules by FQN, got "
