@@ -1,9 +1,9 @@
 """One model of a recipe: planned with all its adapters, applied as a whole, switched, taken back."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import count
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from surgery_core.optimizers import OptimizerGroup
 from surgery_core.recipe import ModelRecipe
 from surgery_core.selection import Selection, select
 from surgery_core.sharded import reshard_
-from surgery_core.sharing import Sharing
+from surgery_core.sharing import Contexts, Sharing
 from surgery_core.slots import Slot
 from surgery_core.snapshots import Snapshot, snapshot
 from surgery_core.surgery import Plan, Surgery
@@ -240,13 +240,10 @@ class EditedModel:
             ContractError: An adapter, or the active one, cannot be used beside others.
         """
         is_one = isinstance(choice, str | Mapping) or not isinstance(choice, Sequence)
-        choices = cast("Sequence[Choice]", [choice] if is_one else choice)
-        with self.sharing.using(lambda: self._select(choices)):
+        with self.sharing.using(lambda: self._select([choice] if is_one else choice)):  # type: ignore[arg-type,list-item]  # looked at there
             yield self
 
-    def recompute_contexts(
-        self,
-    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    def recompute_contexts(self) -> Contexts:
         """Return contexts for a checkpointed forward, and for doing it again with the same adapters.
 
         What `torch.utils.checkpoint` takes as `context_fn`.
@@ -451,7 +448,7 @@ class EditedModel:
         """
         with self.sharing.lock:
             self._require_applied()
-            self._require_unused()
+            self.sharing.require_unused(self.adapters)
             was_active = self.swap_state.active is not None
             self.swap_state.disable()
             # Reverted already if an earlier call was interrupted.
@@ -495,14 +492,6 @@ class EditedModel:
     def _require(self, name: str) -> None:
         if not isinstance(name, str) or name not in self.plan.adapters:
             msg = f"Adapter {name!r} does not exist: expected one of {listed(self.adapters)}."
-            raise VariantError(msg)
-
-    def _require_unused(self) -> None:
-        used = [name for name in self.adapters if self.sharing.is_used(name)]
-        if used:
-            msg = (
-                f"Adapter {listed(used)} is in use by a thread or task: expected none. Wait for it."
-            )
             raise VariantError(msg)
 
     def _require_applied(self) -> None:

@@ -19,6 +19,9 @@ from surgery_core.swap import SwapState
 
 ChoiceT = TypeVar("ChoiceT")
 
+Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
+"""For a checkpointed forward, and for doing it again."""
+
 
 @dataclass(slots=True, eq=False)
 class _Use:
@@ -183,6 +186,20 @@ class Sharing:
         """Tell whether some code uses a variant now."""
         return any(name in use.selection.names for use in self._running)
 
+    def require_unused(self, names: Iterable[str]) -> None:
+        """Refuse to take away variants that some code uses.
+
+        Raises:
+            VariantError: Some are used; all are named.
+        """
+        used = sorted(name for name in names if self.is_used(name))
+        if used:
+            msg = (
+                f"Adapter {listed(used)} is in use by a thread or task inside `activated(...)`. Wait "
+                "until that block exits."
+            )
+            raise VariantError(msg)
+
     def attach(self, modules: Iterable[nn.Module]) -> None:
         """Let modules of a variant be asked for what threads use."""
         for module in modules:
@@ -297,7 +314,7 @@ class Sharing:
         choice: Callable[[], ChoiceT],
         activated: Callable[[ChoiceT], AbstractContextManager[Any]],
         check: Callable[[], None] = lambda: None,
-    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    ) -> Contexts:
         """Return contexts for a checkpointed forward, and for doing it again with the same variants.
 
         Args:
