@@ -17,7 +17,13 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, EncoderDecoderCache, PretrainedConfig
+from transformers import (
+    AttentionInterface,
+    Cache,
+    ContinuousBatchingConfig,
+    EncoderDecoderCache,
+    PretrainedConfig,
+)
 from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.pytorch_utils import Conv1D
@@ -366,6 +372,14 @@ def _checkpoint_in(
     if torch.compiler.is_compiling():
         return checkpoint(function, *args, **kwargs)
     return checkpoint(function, *args, context_fn=contexts, **kwargs)
+
+
+def without_block_sharing(
+    config: ContinuousBatchingConfig | None, generation_config: object
+) -> ContinuousBatchingConfig:
+    """Return a configuration in which requests that begin alike share no keys of their texts."""
+    given = config or getattr(generation_config, "continuous_batching_config", None)
+    return replace(given or ContinuousBatchingConfig(), allow_block_sharing=False)
 
 
 def _attend_with_prompt(

@@ -140,12 +140,6 @@ class AdaptedAttention(Overlay, Shareable):
         # Attention functions may return another dtype than the query's (float32 under autocast).
         return output if term is None else output + term.to(output.dtype)
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Put a parameter here, and in the base if it has one of that name, as `fully_shard` may do."""
-        super().register_parameter(name, param)
-        if name in self.base_attention._parameters:  # noqa: SLF001 (torch's registry)
-            self.base_attention.register_parameter(name, param)
-
     @property
     def _is_full_backward_hook(self) -> bool | None:
         """How torch reads the table of backward hooks, which is the base's."""
@@ -163,10 +157,9 @@ class AdaptedAttention(Overlay, Shareable):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002 (torch's signature)
         super()._apply(fn, recurse)
-        # Tensors of the base itself may have become new objects (from or to the meta device).
+        # With buffers of our own the table is not the base's.
         base = self.base_attention
-        base._parameters.update({name: self._parameters[name] for name in base._parameters})  # noqa: SLF001 (torch's registry)
-        base._buffers.update({name: self._buffers[name] for name in base._buffers})  # noqa: SLF001 (same)
+        base._buffers.update({name: self._buffers[name] for name in base._buffers})  # noqa: SLF001 (torch's registry)
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -13,10 +13,11 @@ from surgery_adaption_prompt.architectures import (
     Contexts,
     enable_checkpointing,
     recompute_in,
+    without_block_sharing,
 )
 from surgery_adaption_prompt.condition import check_features, check_fit, conditioned
 from surgery_adaption_prompt.selection import Choice, check_num_rows
-from surgery_core import OptionsError
+from surgery_core import OptionsError, Sharing
 
 
 class BaseFacade(nn.Module):
@@ -25,6 +26,8 @@ class BaseFacade(nn.Module):
     Args:
         model: The base model.
     """
+
+    sharing: Sharing
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -37,6 +40,10 @@ class BaseFacade(nn.Module):
     @abstractmethod
     def condition_sizes(self) -> Mapping[str, int]:
         """Return the conditioned adapters that the running code uses, with their `condition_size`."""
+
+    @abstractmethod
+    def num_adapters(self) -> int:
+        """Return how many adapters there are."""
 
     @abstractmethod
     def recompute_contexts(self) -> Contexts:
@@ -77,6 +84,66 @@ class BaseFacade(nn.Module):
         """Generate with the active adapter, or with one for each row; see `forward`."""
         with self._given(adapter_names, condition, args, kwargs):
             return cast("Any", self.model).generate(*args, **kwargs)
+
+    def generate_batch(
+        self,
+        inputs: Sequence[Sequence[int]],
+        generation_config: Any = None,  # noqa: ANN401 (the base's own)
+        continuous_batching_config: Any = None,  # noqa: ANN401 (same)
+        **kwargs: Any,  # noqa: ANN401 (same)
+    ) -> Any:  # noqa: ANN401 (same)
+        """Generate by continuous batching, all requests with the active adapter; arguments are the base's.
+
+        It runs in a thread, which `activated` does not reach. Requests that begin alike share keys of
+        their texts only where no other adapter, and no adapter, can have answered before.
+
+        Raises:
+            OptionsError: `adapter_names` is given, or `activated` is open.
+        """
+        self._require_active_for_all(kwargs)
+        if self.num_adapters() > 1 or kwargs.get("persistent_manager"):
+            continuous_batching_config = without_block_sharing(
+                continuous_batching_config, generation_config
+            )
+        return cast("Any", self.model).generate_batch(
+            inputs, generation_config, continuous_batching_config, **kwargs
+        )
+
+    def init_continuous_batching(
+        self,
+        generation_config: Any = None,  # noqa: ANN401 (the base's own)
+        continuous_batching_config: Any = None,  # noqa: ANN401 (same)
+        **kwargs: Any,  # noqa: ANN401 (same)
+    ) -> Any:  # noqa: ANN401 (same)
+        """Return the base's manager of continuous batching; see `generate_batch`."""
+        self._require_active_for_all(kwargs)
+        config = without_block_sharing(continuous_batching_config, generation_config)
+        return cast("Any", self.model).init_continuous_batching(generation_config, config, **kwargs)
+
+    def continuous_batching_context_manager(
+        self,
+        generation_config: Any = None,  # noqa: ANN401 (the base's own)
+        block: bool = True,  # noqa: FBT001, FBT002 (same)
+        timeout: float | None = None,
+        continuous_batching_config: Any = None,  # noqa: ANN401 (same)
+        **kwargs: Any,  # noqa: ANN401 (same)
+    ) -> Any:  # noqa: ANN401 (same)
+        """Return the base's context with a manager of continuous batching; see `generate_batch`."""
+        self._require_active_for_all(kwargs)
+        config = without_block_sharing(continuous_batching_config, generation_config)
+        return cast("Any", self.model).continuous_batching_context_manager(
+            generation_config, block, timeout, config, **kwargs
+        )
+
+    def _require_active_for_all(self, kwargs: Mapping[str, Any]) -> None:
+        """Refuse adapters that the thread of continuous batching would not get."""
+        if "adapter_names" in kwargs or self.sharing.used() is not None:
+            msg = (
+                "Continuous batching runs in a thread of its own, with the active adapter for all "
+                "requests: adapter_names and activated(...) do not reach it. Call set_adapter before, "
+                "or generate with adapter_names."
+            )
+            raise OptionsError(msg)
 
     @contextmanager
     def _given(

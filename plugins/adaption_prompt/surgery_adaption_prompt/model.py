@@ -135,6 +135,10 @@ class AdaptionPromptModel(MergingManager):
         """`"ADAPTION_PROMPT"`."""
         return PEFT_TYPE
 
+    def num_adapters(self) -> int:
+        """Return how many adapters there are, those in the store included."""
+        return len(self.peft_config) + (0 if self.store is None else len(self.store.names()))
+
     @property
     def active_peft_config(self) -> AdaptionPromptConfig:
         """Configuration of the selected adapter.
