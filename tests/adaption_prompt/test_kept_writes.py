@@ -91,7 +91,7 @@ WRITES = {
         prompt_of(m), nn.Parameter(torch.randn(1, 3, 24))
     ),
     "load_state_dict": lambda m: m.load_state_dict(
-        {key: t * 1.5 for key, t in m.state_dict().items()}, assign=True
+        {k: t * 1.5 if t.is_floating_point() else t for k, t in m.state_dict().items()}, assign=True
     ),
     "fused AdamW": lambda m: train(m, torch.optim.AdamW, fused=True),
     "AdamW in 8 bits": train_8bit,

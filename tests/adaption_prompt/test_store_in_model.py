@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from support.families import build, open_gates_, tokens
+from support.folders import without_header
 from surgery_adaption_prompt import AdapterStore, AdaptionPromptConfig, AdaptionPromptModel
 from surgery_adaption_prompt.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from surgery_adaption_prompt.store import StoreCounters, StoreError
@@ -363,7 +364,7 @@ def test_threads_with_adapters_of_their_own_share_one_budget(folder, known):
 
 def for_another_model(folder):
     """Its configuration promises fewer layers than its tensors are for."""
-    path = folder / "half" / CONFIG_FILE
+    path = without_header(folder / "half") / CONFIG_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), "adapter_layers": 2}))
 
 

@@ -130,7 +130,7 @@ class AdapterManager(BaseFacade):
                 the new name is taken or no name for a folder.
         """
         with self.sharing.lock:
-            check_name(new_name, self.peft_config.keys() - {adapter_name})
+            check_name(new_name, [name for name in self.peft_config if name != adapter_name])
             self._require_unshared(adapter_name)
             self.swap_state.rename(adapter_name, new_name)
             self.peft_config = {

@@ -12,8 +12,7 @@ from typing import Any
 
 from surgery_adaption_prompt.arguments import check_adapter_name, check_base_check, check_path
 from surgery_adaption_prompt.base_check import BaseCheck
-from surgery_adaption_prompt.checkpoints import CONFIG_FILE, expected_bytes
-from surgery_adaption_prompt.file_stamps import Stamp, folder_stamp
+from surgery_adaption_prompt.checkpoints import CONFIG_FILE, expected_bytes, folder_stamp
 from surgery_adaption_prompt.folders import check_name
 from surgery_adaption_prompt.store_host import Host
 from surgery_core import OptionsError, SurgeryError, VariantError, listed
@@ -69,7 +68,7 @@ class _Loaded:
     config: object
     num_bytes: int
     expected: int
-    stamp: Stamp
+    stamp: tuple[object, ...]
 
 
 class AdapterStore:
@@ -378,12 +377,12 @@ class AdapterStore:
             raise StoreError(msg, num_bytes=total, max_bytes=self._max_bytes)
         return victims
 
-    def _note(self, host: Host, name: str, expected: int, stamp: Stamp) -> None:
+    def _note(self, host: Host, name: str, expected: int, stamp: tuple[object, ...]) -> None:
         """Note an adapter as loaded by this store, as it is now."""
         num_bytes = host.adapter_bytes(name)
         self._loaded[name] = _Loaded(host.peft_config[name], num_bytes, expected, stamp)
 
-    def _stamp(self, name: str) -> Stamp:
+    def _stamp(self, name: str) -> tuple[object, ...]:
         # No Path objects: an adapter is asked for with each request.
         return folder_stamp(f"{self._folder}{os.sep}{name}")
 
