@@ -56,6 +56,12 @@ def several(model):
     return edited
 
 
+def turned(state, number):
+    """Return an adapter's tensors with gates that have another sign and size for each number."""
+    factor = (-1) ** number * (1 + number)
+    return {key: t * factor if "gate" in key else t.clone() for key, t in state.items()}
+
+
 def open_(edited):
     """Give the active adapter values that are not its first, the same wherever it is done."""
     open_gates_(prompts(edited.variant(edited.active)))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from distributed.launching import SCRIPTS, Outcome, assert_near, launch
-from distributed.steps import LORA, PROMPTS, base, edit, facade, logits, several, train
+from distributed.steps import LORA, PROMPTS, base, edit, facade, logits, several, train, turned
 from safetensors.torch import load_file
 from surgery_adaption_prompt import AdaptionPromptModel
 
@@ -117,6 +117,14 @@ def test_loading_gives_each_process_its_part(outcome, folder):
     for group in ("loaded", "loaded at the root"):
         assert_near({"logits": logits(model)}, outcome.group(group), FORWARD)
     assert_near({"logits": logits(trained)}, outcome.group("hotswapped"), FORWARD)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_every_evaluation_sees_the_tensors_that_were_loaded_before_it(outcome, number):
+    model = base()
+    edit(model).load_("a", turned(outcome.group("stored"), number))
+
+    assert_near({"logits": logits(model)}, outcome.group(f"evaluation {number}"), FORWARD)
 
 
 def test_frozen_adapters_are_switched_in_a_sharded_model(outcome, folder):

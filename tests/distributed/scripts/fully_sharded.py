@@ -19,6 +19,7 @@ from distributed.steps import (
     refusal,
     several,
     train,
+    turned,
 )
 from support.families import tokens
 from torch.distributed.device_mesh import init_device_mesh
@@ -108,6 +109,11 @@ results.fact(
 )
 results.tensors("stored", stored)
 results.tensors("loaded", {"logits": logits(model)})
+# Gathered parameters take storage that was used before, with the version it had.
+for number in range(4):
+    edited.load_("a", turned(stored, number))
+    results.tensors(f"evaluation {number}", {"logits": logits(model)})
+edited.load_("a", stored)
 # The root's own parameters stay gathered after a pass without a backward: what is written then counts.
 whole = base()
 edited = edit(whole, is_open=False)
