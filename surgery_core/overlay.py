@@ -104,9 +104,11 @@ class Overlay(nn.Module):
     def hand_down(self) -> None:
         """Change in the base what was changed here since the two last agreed, added parameters aside."""
         known, base, now = self.overlay_agreed, self.overlay_base, vars(self)
-        names = {*known.parameters, *self._parameters} - self.overlay_added
+        # In their order, which is that of the state dict.
+        tables = dict.fromkeys((*known.parameters, *self._parameters))
+        names = [name for name in tables if name not in self.overlay_added]
         _copy_changes(names, known.parameters, self._parameters, base._parameters)  # noqa: SLF001 (torch's registry)
-        names = {*known.attributes, *filter(self._is_shared, now)}
+        names = [*dict.fromkeys((*known.attributes, *filter(self._is_shared, now)))]
         _copy_changes(names, known.attributes, now, vars(base))
         if isinstance(base, Overlay):
             base.hand_down()
@@ -140,7 +142,7 @@ class Overlay(nn.Module):
         here.clear()
         here.update(found)
         known, theirs = self.overlay_agreed.attributes, vars(base)
-        names = {*known, *filter(self._is_shared, theirs)}
+        names = [*dict.fromkeys((*known, *filter(self._is_shared, theirs)))]
         _copy_changes(names, known, theirs, vars(self))
         self._agree()
 

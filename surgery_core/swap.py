@@ -128,8 +128,8 @@ class SwapState(nn.Module):
         Raises:
             VariantError: There is no such variant.
         """
-        self._hand_down()
         if name in self._store:
+            self._hand_down()
             self._store[name] = self._store[name].followed(self._model[0], self._sites)
         return self.variant(name)
 
@@ -233,7 +233,8 @@ class SwapState(nn.Module):
             msg = f"Underlay has modules for {listed(unknown)}: expected places of variants."
             raise VariantError(msg)
         moves = self._moves(self._active, modules)
-        self._hand_down()
+        # The active variant stays where it is.
+        hand_down(self._floor.items(), subject=SUBJECT)
         take_over(modules.items(), model=self._model[0], subject=SUBJECT)
         with self._writing(moves) as transaction:
             transaction.note(vars(self), {"_floor": dict(modules)})

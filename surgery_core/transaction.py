@@ -201,7 +201,7 @@ def _set_requires_grad(parameter: nn.Parameter, places: Places, *, value: bool) 
 def _can_be_trained(parameter: nn.Parameter) -> bool:
     is_number = parameter.is_floating_point() or parameter.is_complex()
     # What was sharded since is another object in each pass, with a flag of its own.
-    return is_number and not is_held_together(parameter)
+    return is_number and not parameter.is_inference() and not is_held_together(parameter)
 
 
 def _flag(parameter: nn.Parameter, *, value: bool) -> None:

@@ -19,6 +19,7 @@ from surgery_core import (
     load_recipe,
 )
 from surgery_core.environment import EnvironmentText, as_written, hidden, joined, names_in, put_in
+from surgery_core.tensor_file import read_tensor_header
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +100,8 @@ def test_a_recipe_is_planned_applied_recorded_and_replayed_without_saying_a_valu
     ]
     assert_hidden(*(result.output for result in results))
     assert "m (${env:FOLDER})" in results[0].stdout
-    recorded = json.loads(Path("out/m/surgery.json").read_text())["recipe"]
+    file, _ = read_tensor_header("out/m/surgery.safetensors")
+    recorded = json.loads(file.texts["surgery.json"])["recipe"]
     assert "${env:FOLDER}" == recorded["source"]
     assert "${env:TOKEN}" in json.dumps(recorded)
     # The operation got it each time, from the record too.

@@ -93,7 +93,7 @@ def check_adapter_names(names: object, *, what: str) -> None:
         OptionsError: It is not a list.
         VariantError: One of them is not text.
     """
-    if isinstance(names, str | bytes) or not isinstance(names, Sequence):
+    if isinstance(names, str | bytes) or not isinstance(names, Sequence | Mapping):
         msg = f"{what} is {names!r:.80}: expected a list of adapter names. Write ['default'], for example."
         raise OptionsError(msg)
     for name in names:
