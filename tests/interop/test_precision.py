@@ -21,9 +21,10 @@ TOLERANCES = {torch.bfloat16: 0.05, torch.float16: 0.006}
 
 GRADIENTS = {
     torch.bfloat16: 2 * TOLERANCES[torch.bfloat16],
-    torch.float16: 3 * TOLERANCES[torch.float16],
+    torch.float16: 4 * TOLERANCES[torch.float16],
 }
-"""Forward and backward: twice the steps. Processors without AVX-512 round float16 otherwise."""
+"""Forward and backward: twice the steps. In float16, over twelve seeds of Gemma 3, one gate in fifty is
+off by 0.02, at a median of 0.004; the base's own rounding is most of it."""
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 0.01, torch.float16: 0.001}
 """Relative to the largest value of one term: the same for one product or two."""
