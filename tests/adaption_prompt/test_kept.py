@@ -20,6 +20,7 @@ from support.kept import (
     expected_logits,
     logits,
     make,
+    reference_adapters,
     top,
 )
 from support.reference import reference_model
@@ -100,10 +101,7 @@ def test_parameters_handed_over_act_on_a_cache_that_others_filled():
 
 def formula(model):
     base = build(seed=1, dtype=torch.float64)
-    return base, {
-        base.get_submodule(fqn): (m.adaption_prompt.detach()[0], m.adaption_gate.detach())
-        for fqn, m in model.adapter_modules("a").items()
-    }
+    return base, reference_adapters(base, model)
 
 
 @pytest.mark.parametrize("warm", [False, True])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.adapted import build
 from support.families import open_gates_, tokens
+from support.kept import reference_adapters
 from support.reference import reference_model
 from surgery_adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -32,13 +33,7 @@ def make():
 def greedy(model, name, ids):
     """Return the tokens that the float64 formula gives, one after the other."""
     base = build(dtype=torch.float64)
-    adapters = {
-        base.get_submodule(fqn): (
-            module.adaption_prompt.detach().double()[0],
-            module.adaption_gate.detach().double(),
-        )
-        for fqn, module in model.adapter_modules(name).items()
-    }
+    adapters = reference_adapters(base, model, name)
     with torch.no_grad(), reference_model(base, adapters, scaling=8**-0.5):
         for _ in range(NEW):
             best = base(ids, use_cache=False).logits[:, -1:].argmax(-1)

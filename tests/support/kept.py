@@ -32,6 +32,17 @@ def logits(model, ids=IDS, **arguments):
         return model(ids, **arguments).logits
 
 
+def reference_adapters(base, model, name="a"):
+    """Return an adapter's tensors as `reference_model` takes them, in float64, for a base."""
+    return {
+        base.get_submodule(fqn): (
+            module.adaption_prompt.detach().double()[0],
+            module.adaption_gate.detach().double(),
+        )
+        for fqn, module in model.adapter_modules(name).items()
+    }
+
+
 def expected_logits(model, name="a", changed=()):
     """Return what the float64 formula gives with the tensors that are there now.
 
@@ -47,13 +58,7 @@ def expected_logits(model, name="a", changed=()):
     base.load_state_dict(
         {key: raw[key].double() * (2 if key in changed else 1) for key in base.state_dict()}
     )
-    adapters = {
-        base.get_submodule(fqn): (
-            module.adaption_prompt.detach().double()[0],
-            module.adaption_gate.detach().double(),
-        )
-        for fqn, module in model.adapter_modules(name).items()
-    }
+    adapters = reference_adapters(base, model, name)
     with torch.no_grad(), reference_model(base, adapters, scaling=8**-0.5):
         return base(IDS, use_cache=False).logits
 
